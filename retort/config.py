@@ -1,0 +1,354 @@
+"""The run file: one TOML describes one run, one table per concern, every field documented where it stands.
+
+Sources, strongest first: `--set section.key=value`, environment `RETORT_SECTION__KEY`, the TOML file, the defaults here.
+Unknown keys are refused with the nearest right name. Addresses and secrets may come from the environment only.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+ENV_PREFIX = "RETORT_"
+
+
+class ConfigError(Exception):
+    """The user asked for something that cannot run. The command line prints the text and exits with 2."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(ConfigError):
+    """Something that the run needs is not installed or not there. Exits with 3."""
+
+    exit_code = 3
+
+
+class Config(BaseModel):
+    """Base of every table: frozen, strict about unknown keys, documented by the docstring under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Config):
+    path: str
+    """Directory in Hugging Face format (config, safetensors, tokenizer, chat template) or a model name on the hub."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type in which the engine serves and the trainer computes. Master weights are always float32."""
+    max_length: PositiveInt = 10240
+    """Longest prompt plus completion, in tokens."""
+
+
+class DataConfig(Config):
+    train: str
+    """JSON Lines file of training questions: `messages` or `prompt` (with optional `system`), `answer`, `data_source`."""
+    validation: str
+    """The same for questions that are never trained on."""
+    checker: str = "mcq"
+    """Name of the reward checker that grades both."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Longer prompts are refused when the run starts."""
+
+
+class SamplingConfig(Config):
+    temperature: PositiveFloat = 1.0
+    """The trainer divides its logits by the same number."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling mass; 1 is off."""
+    max_completion_tokens: PositiveInt = 8192
+    """A completion is cut here and graded as it stands."""
+
+
+class RedisConfig(Config):
+    url: str = ""
+    """Address of a Redis 7 or Valkey server. Empty: `REDIS_URL`, and without that `retort run` embeds a Valkey."""
+
+
+class RewardConfig(Config):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: NonNegativeInt = 0
+    """gRPC port; 0 lets the system choose."""
+    address: str = ""
+    """Where rollout services find a reward service (`host:port`). Empty: the one that this run starts."""
+    deadline_s: PositiveFloat = 10.0
+    """Longest wait for the scores of one group, before the call is repeated."""
+
+
+class RolloutConfig(Config):
+    replicas: PositiveInt = 1
+    """Rollout services that `retort run` starts."""
+    engine: Literal["vllm", "simulated"] = "vllm"
+    """What generates. `simulated` writes random tokens at a modelled speed and is for scale tests only."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: NonNegativeInt = 0
+    """HTTP port of the first replica, the next ones count up; 0 lets the system choose."""
+    concurrent_groups: PositiveInt = 64
+    """Groups that one replica samples at the same time."""
+    gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
+    """Share of GPU memory for weights and KV cache. Without a GPU `kv_cache_gib` counts."""
+    kv_cache_gib: PositiveFloat = 0.5
+    """KV cache on a CPU, in GiB."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs per replica."""
+    lease_s: PositiveFloat = 20.0
+    """Work that its replica has not renewed for so long is given to another."""
+    max_deliveries: PositiveInt = 4
+    """Work that failed so often goes to the dead-letter stream and the run stops, naming it."""
+
+
+class TrainerConfig(Config):
+    steps: PositiveInt
+    """Training steps; step s turns policy version s - 1 into version s."""
+    ranks: PositiveInt = 1
+    """Trainer processes (FSDP2). One GPU each, or one CPU thread each."""
+    groups_per_step: PositiveInt = 256
+    """Prompts per step."""
+    group_size: PositiveInt = 8
+    """Completions per prompt."""
+    groups_per_update: PositiveInt = 8
+    """An update averages over `groups_per_update * group_size` completions, whatever the number of ranks."""
+    update_order: Literal["length_sweep", "shuffle", "group"] = "length_sweep"
+    """How a step's completions are dealt to updates. `length_sweep`: alike in length, short to long to short."""
+    max_staleness: NonNegativeInt = 0
+    """Oldest policy that may sample for a step, in versions behind the trainer. 0 is on-policy."""
+    learning_rate: PositiveFloat = 1e-6
+    """AdamW, betas 0.9 and 0.999, eps 1e-8."""
+    warmup_steps: NonNegativeInt = 10
+    """Linear warm-up in training steps; step 1 has rate 0 unless this is 0."""
+    weight_decay: NonNegativeFloat = 0.01
+    """On all parameters."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped here; an update with a non-finite norm is skipped."""
+    max_skipped_updates: PositiveInt = 8
+    """So many skipped updates in a row end the run with exit code 5."""
+    micro_batch_tokens: PositiveInt = 32768
+    """Tokens per forward and backward pass and rank; one longer row makes a micro-batch of its own."""
+    activation_checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    max_logprob_gap: PositiveFloat = 0.5
+    """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
+    deterministic: bool = False
+    """Slot order, pinned threads and deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
+
+
+class MethodConfig(Config):
+    name: Literal["rlsd", "grpo"] = "rlsd"
+    """`rlsd`: group-relative advantages, reweighted per token by a teacher that saw a sibling's solution."""
+    advantage_scale: Literal["none", "std"] = "none"
+    """Divide advantages by the group's standard deviation, or not."""
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped to at least `1 - clip_low`."""
+    clip_high: PositiveFloat = 0.28
+    """The ratio is clipped to at most `1 + clip_high`."""
+    dual_clip: PositiveFloat = 3.0
+    """Bound of the loss for negative advantages, in multiples of the advantage."""
+    max_rollout_ratio: PositiveFloat = 2.0
+    """Upper clamp of exp(old - rollout logprobs), the weight that corrects for the engine's numerics and staleness."""
+    reweight_lambda: float = Field(default=0.5, ge=0, le=1)
+    """Share of the teacher's token weight in the advantage; 0 is plain GRPO."""
+    reweight_clip: NonNegativeFloat = 0.2
+    """Token weights are kept in [1 - reweight_clip, 1 + reweight_clip] (eps_w)."""
+    reweight_decay_steps: NonNegativeInt = 0
+    """Steps in which lambda falls to 0; 0 keeps it constant."""
+    teacher_update_rate: float = Field(default=0.05, gt=0, le=1)
+    """teacher += rate * (policy - teacher), once per training step."""
+    success_threshold: float = 0.5
+    """A completion with at least this reward may serve as a demonstration."""
+    max_teacher_prompt_tokens: PositiveInt = 10240
+    """A teacher prompt that would be longer counts as no demonstration."""
+
+
+class ValidationConfig(Config):
+    every: PositiveInt = 10
+    """Validate after every so many steps, before the first and after the last."""
+    samples: PositiveInt = 16
+    """Completions per question."""
+    temperature: PositiveFloat = 0.6
+    """Sampling temperature."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling mass."""
+    max_questions: NonNegativeInt = 0
+    """Use only the first so many questions; 0 uses all."""
+
+
+class CheckpointConfig(Config):
+    every: PositiveInt = 10
+    """Save after every so many steps, and after the last."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are deleted once a newer one is committed."""
+
+
+class WeightSyncConfig(Config):
+    bucket_mib: PositiveFloat = 256.0
+    """Tensors travel in broadcasts of about so many MiB."""
+    deadline_s: PositiveFloat = 60.0
+    """Longest wait for one phase of a weight sync; the replica that missed it is evicted by name."""
+    max_probe_gap: PositiveFloat = 0.3
+    """Largest |engine - trainer| log-probability on the probe prompt that still commits a version."""
+
+
+class TimeoutConfig(Config):
+    startup_s: PositiveFloat = 600.0
+    """Longest wait for a service to become ready, model loading included."""
+    stall_s: PositiveFloat = 1800.0
+    """A wait of the trainer without any progress for so long ends the run with exit code 4, naming who is missing."""
+    max_restarts: NonNegativeInt = 5
+    """Restarts of one service within ten minutes before `retort run` gives up and names it."""
+
+
+class RunConfig(Config):
+    """Everything about one run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Name of the run: directory under `runs/` and prefix of every Redis key."""
+    run_id: str = Field(default="", pattern=r"^([a-z0-9][a-z0-9._-]{0,95})?$")
+    """Prefix of every Redis key. `retort run` makes it unique; empty: the run's name."""
+    run_dir: str = ""
+    """Where the run's files go; empty: `runs/<name>`."""
+    seed: NonNegativeInt = 0
+    """Seeds data order and every sampled completion."""
+    model: ModelConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    sampling: SamplingConfig = SamplingConfig()
+    method: MethodConfig = MethodConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    redis: RedisConfig = RedisConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
+
+    @model_validator(mode="after")
+    def _the_parts_fit_together(self) -> "RunConfig":
+        if self.trainer.groups_per_step % self.trainer.groups_per_update:
+            raise ValueError(
+                f"trainer.groups_per_step = {self.trainer.groups_per_step} is not a multiple of "
+                f"trainer.groups_per_update = {self.trainer.groups_per_update}"
+            )
+        if self.sampling.max_completion_tokens >= self.model.max_length:
+            raise ValueError(
+                f"sampling.max_completion_tokens = {self.sampling.max_completion_tokens} leaves no room for a prompt "
+                f"in model.max_length = {self.model.max_length}"
+            )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def key_prefix(self) -> str:
+        return self.run_id or self.name
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> RunConfig:
+    """Read a run file and apply the environment and `--set` overrides.
+
+    Raises ConfigError, naming file, key, value and the nearest right name.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file. Shipped ones are in configs/.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    origins: dict[str, str] = {}
+    for key, text, origin in _overrides(overrides, env):
+        _put(values, key, _parse(text), origin)
+        origins[key] = origin
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), origins)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as TOML; `load_config` reads it back to an equal object."""
+    import tomlkit
+
+    return tomlkit.dumps(config.model_dump(mode="json"))
+
+
+def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    top_level = {*RunConfig.model_fields}
+    for name, text in sorted(env.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+        if key:
+            yield f"{section}.{key}", text, f"environment {name}"
+        elif section in top_level:
+            yield section, text, f"environment {name}"
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: expected section.key=value, for example --set trainer.steps=5")
+        yield key.strip(), text.strip(), f"--set {item}"
+
+
+def _parse(text: str) -> Any:
+    """A TOML value where the text is one, and a plain string otherwise."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    *tables, key = dotted.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{origin}: {table} is not a table")
+    # A name or a path that happens to look like a number stays what its field wants: pydantic converts it.
+    values[key] = value
+
+
+def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        where = origins.get(key, file)
+        if problem["type"] == "extra_forbidden":
+            hint = _nearest(key)
+            lines.append(f"{where}: unknown key {key}." + (f" Did you mean {hint}?" if hint else ""))
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {key} is missing.")
+        elif key:
+            lines.append(f"{where}: {key} = {problem['input']!r}: {problem['msg']}.")
+        else:
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}.")
+    return "\n".join(lines)
+
+
+def _nearest(key: str) -> str:
+    known = sorted(_keys(RunConfig))
+    by_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    matches = by_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return matches[0] if matches else ""
+
+
+def _keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in table.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
