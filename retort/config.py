@@ -1,6 +1,7 @@
 """The run file: one TOML describes one run, one table per concern, every field documented where it stands.
 
-Sources, strongest first: `--set section.key=value`, environment `RETORT_SECTION__KEY`, the TOML file, the defaults here.
+Sources, strongest first: `--set section.key=value`, environment `RETORT_SECTION__KEY`, the TOML file, the defaults
+here.
 Unknown keys are refused with the nearest right name. Addresses and secrets may come from the environment only.
 """
 
@@ -55,7 +56,7 @@ class ModelConfig(Config):
 
 class DataConfig(Config):
     train: str
-    """JSON Lines file of training questions: `messages` or `prompt` (with optional `system`), `answer`, `data_source`."""
+    """JSON Lines file of training questions: `messages`, or `prompt` and `system`; `answer`; `data_source`."""
     validation: str
     """The same for questions that are never trained on."""
     checker: str = "mcq"
@@ -92,8 +93,6 @@ class RewardConfig(Config):
 class RolloutConfig(Config):
     replicas: PositiveInt = 1
     """Rollout services that `retort run` starts."""
-    engine: Literal["vllm", "simulated"] = "vllm"
-    """What generates. `simulated` writes random tokens at a modelled speed and is for scale tests only."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: NonNegativeInt = 0
@@ -102,7 +101,7 @@ class RolloutConfig(Config):
     """Groups that one replica samples at the same time."""
     gpu_memory_utilization: float = Field(default=0.8, gt=0, le=1)
     """Share of GPU memory for weights and KV cache. Without a GPU `kv_cache_gib` counts."""
-    kv_cache_gib: PositiveFloat = 0.5
+    kv_cache_gib: PositiveInt = 1
     """KV cache on a CPU, in GiB."""
     tensor_parallel: PositiveInt = 1
     """GPUs per replica."""
@@ -144,7 +143,7 @@ class TrainerConfig(Config):
     max_logprob_gap: PositiveFloat = 0.5
     """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
     deterministic: bool = False
-    """Slot order, pinned threads and deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
+    """Deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
 
 
 class MethodConfig(Config):
@@ -195,6 +194,8 @@ class CheckpointConfig(Config):
 
 
 class WeightSyncConfig(Config):
+    host: str = "127.0.0.1"
+    """Address of the trainer's first rank that every rollout replica can reach."""
     bucket_mib: PositiveFloat = 256.0
     """Tensors travel in broadcasts of about so many MiB."""
     deadline_s: PositiveFloat = 60.0

@@ -21,7 +21,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.msgpack.decode(data, type=cls)
 
 
-class SamplingParameters(Message):
+class SamplingParameters(Message, frozen=True, kw_only=True):
     """How to sample a group. Nothing else is applied, in particular not the model's own generation config."""
 
     temperature: float
@@ -29,7 +29,7 @@ class SamplingParameters(Message):
     max_completion_tokens: int
 
 
-class WorkItem(Message):
+class WorkItem(Message, frozen=True, kw_only=True):
     """One prompt to sample `group_size` completions for and to have them scored."""
 
     group_id: str
@@ -51,7 +51,7 @@ class WorkItem(Message):
             raise ValueError(f"group {self.group_id}: {self.group_size} completions but {len(self.seeds)} seeds")
 
 
-class Rollout(Message):
+class Rollout(Message, frozen=True, kw_only=True):
     """One completion, with what the trainer needs to learn from it."""
 
     completion_ids: list[int]
@@ -75,7 +75,7 @@ class Rollout(Message):
             )
 
 
-class RolloutGroup(Message):
+class RolloutGroup(Message, frozen=True, kw_only=True):
     """All rollouts sampled for one prompt; advantages are computed within it."""
 
     group_id: str

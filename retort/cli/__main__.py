@@ -1,0 +1,50 @@
+"""The command `retort`. Every subcommand is a module with `add_arguments(parser)` and `main(args) -> exit code`.
+
+Modules are imported when their subcommand is called, so that `retort --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "run": ("retort.cli.run", "train: start every service on this machine, watch over them, stop them"),
+    "status": ("retort.cli.status", "show what a run is doing"),
+    "report": ("retort.cli.report", "write a run's report.html"),
+    "chat": ("retort.cli.chat", "talk to the model that a run made"),
+    "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
+    "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), "")
+    args = _parser(chosen).parse_args(arguments)
+    from retort.config import ConfigError
+
+    try:
+        return int(importlib.import_module(COMMANDS[chosen][0]).main(args))
+    except ConfigError as error:
+        print(f"retort {chosen}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="retort",
+        description="Reinforcement-learning post-training of language models as plain services.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, purpose) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=purpose, description=purpose)
+        if name == chosen:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What a run's metrics.jsonl says so far, read as it grows."""
+
+import json
+import re
+from pathlib import Path
+
+Metrics = dict[str, float]
+_RECENT_STEPS = 10
+
+
+class MetricsTail:
+    """The lines of one metrics file, by step. A trainer that resumes cuts the file back to its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.by_step: dict[int, Metrics] = {}
+
+    def read(self) -> list[Metrics]:
+        """The whole lines that were appended since the last call."""
+        if not self._path.exists():
+            return []
+        known: dict[int, Metrics] = {}
+        with self._path.open("rb") as file:
+            if file.seek(0, 2) < self._offset:  # cut back: what is still there was read before and is not new
+                known, self.by_step, self._offset = self.by_step, {}, 0
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines: list[Metrics] = [json.loads(line) for line in whole.splitlines()]
+        self.by_step.update({int(line["step"]): line for line in lines})
+        return [line for line in lines if known.get(int(line["step"])) != line]
+
+    def accuracy(self, samples: int) -> list[tuple[int, float]]:
+        """(policy version, avg@samples) of every validation so far, in order of version."""
+        values = ((step, accuracy(line, samples)) for step, line in sorted(self.by_step.items()))
+        return [(step, value) for step, value in values if value is not None]
+
+    def seconds_left(self, steps: int) -> float | None:
+        """How long the steps that remain take at the pace of the last ten; None before two are done."""
+        recent = sorted(step for step in self.by_step if step > 0)[-_RECENT_STEPS:]
+        if len(recent) < 2:
+            return None
+        first, last = self.by_step[recent[0]], self.by_step[recent[-1]]
+        return (last["time"] - first["time"]) / (recent[-1] - recent[0]) * (steps - recent[-1])
+
+
+def accuracy(line: Metrics, samples: int) -> float | None:
+    """avg@samples of a validation, the mean over data sources; None if the line holds no validation."""
+    name = re.compile(rf"val-core/.+/acc/mean@{samples}")
+    values = [value for key, value in line.items() if name.fullmatch(key)]
+    return sum(values) / len(values) if values else None

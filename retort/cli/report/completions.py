@@ -1,0 +1,246 @@
+"""Questions with their completions. Everything here was written by a model or a data file: every text is escaped."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retort.cli.report.charts import number
+from retort.cli.report.run_files import GroupLine, RolloutLine, Run, TrainingStep, Validation
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+LEVELS = (0.05, 0.15, 0.35, 0.6, 0.9)
+"""Where the five shades begin, as shares of the largest change that the method allows."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_SIBLINGS = 16
+
+
+@dataclass(frozen=True)
+class Style:
+    """How completions of this run are shown."""
+
+    tokenizer: "Tokenizer | None"
+    weight_range: float
+    """Largest change of a token's weight, lambda * eps_w."""
+    success: float
+    """A completion with at least this reward counts as right."""
+    max_tokens: int
+    """Longer completions lose their middle."""
+
+
+def style_of(run: Run, max_tokens: int) -> Style:
+    method = run.config.method if run.config else None
+    return Style(
+        tokenizer=load_tokenizer(*([Path(run.config.model.path)] if run.config else []), run.directory / "hf"),
+        weight_range=method.reweight_lambda * method.reweight_clip if method else 0.1,
+        success=method.success_threshold if method else 0.5,
+        max_tokens=max_tokens,
+    )
+
+
+def load_tokenizer(*directories: Path) -> "Tokenizer | None":
+    """The first there is. Without one, or without the library, the page shows texts but not the weights of tokens."""
+    files = [file for directory in directories if (file := directory / "tokenizer.json").is_file()]
+    if not files:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return None
+    return Tokenizer.from_file(str(files[0]))
+
+
+def completions(run: Run, style: Style) -> str:
+    """The rollouts tab: validation before and after, then the first and the last training step."""
+    parts = [_validation(run.validations, style)] if run.validations else []
+    for index, training in enumerate(run.training):
+        title = f"Training, step {training.step}"
+        lead = _training_lead(training, style) if index == 0 else ""
+        questions = "".join(_training_question(g, style, first=i == 0) for i, g in enumerate(training.shown))
+        parts.append(f'<section><h2>{title}</h2>{lead}<div class="questions">{questions}</div></section>')
+    return "".join(parts) or '<p class="empty">No group has been finished yet.</p>'
+
+
+def _training_lead(training: TrainingStep, style: Style) -> str:
+    text = (
+        "Questions of the step, those with right and wrong completions first, since only they teach: "
+        "a completion’s <b>advantage</b> is its reward minus the mean of its siblings."
+    )
+    if not any(rollout.token_weights for group in training.shown for rollout in group.rollouts):
+        return f'<p class="lead">{text}</p>'
+    if style.tokenizer is None:
+        return f'<p class="lead">{text} Token weights are not shown, because the tokenizer was not found.</p>'
+    text += (
+        " The teacher, which has seen a right sibling (the <b>demonstration</b>), then moves credit between tokens. "
+        "The colour of a token is the factor on the advantage there. Point at a token for its number."
+    )
+    return f'<p class="lead">{text}</p>{_legend(style.weight_range)}'
+
+
+def _legend(weight_range: float) -> str:
+    def swatch(name: str, share: float) -> str:
+        return f'<i class="{name}">{1 + share * weight_range:.3f}</i>'
+
+    down = "".join(swatch(f"d{level}", -LEVELS[level - 1]) for level in range(5, 0, -1))
+    up = "".join(swatch(f"u{level}", LEVELS[level - 1]) for level in range(1, 6))
+    return (
+        f'<p class="weights"><span>less, down to × {1 - weight_range:.2g}</span>'
+        f"<code>{down}<i>1</i>{up}</code><span>more, up to × {1 + weight_range:.2g}</span></p>"
+    )
+
+
+def _training_question(group: GroupLine, style: Style, *, first: bool) -> str:
+    shown = group.rollouts[:MAX_SIBLINGS]
+    uses = Counter(r.demonstration for r in group.rollouts if r.demonstration is not None)
+    cards = "".join(_completion(i, r, style, uses[i]) for i, r in enumerate(shown))
+    left_out = len(group.rollouts) - len(shown)
+    note = f"<p class=empty>{left_out} more completions are in the run’s files.</p>" if left_out else ""
+    return _question(group, _marks(group, style), f'<div class="siblings">{cards}</div>{note}', first)
+
+
+def _completion(index: int, rollout: RolloutLine, style: Style, uses: int) -> str:
+    right = rollout.reward >= style.success
+    facts = [("answer", escape(_short(rollout.parsed)) or "–"), ("reward", number(rollout.reward))]
+    if rollout.advantage is not None:
+        facts.append(("advantage", f"{rollout.advantage:+.3f}".replace("-", "−")))
+    shown = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in facts)
+    notes = [f"{len(rollout.completion_ids):,} tokens", _versions(rollout.policy_versions)]
+    if rollout.finish_reason == "length":
+        notes.append("cut off at the limit")
+    if uses:
+        notes.append(f"<b>demonstration</b> for {uses} sibling{'s' if uses > 1 else ''}")
+    if rollout.demonstration is not None:
+        notes.append(f"teacher saw #{rollout.demonstration + 1}")
+    elif rollout.advantage:
+        notes.append("no demonstration: plain advantage")
+    return (
+        f'<article class="{"right" if right else "wrong"}"><header><b>#{index + 1}</b> {_verdict(right)} '
+        f"{shown}</header><pre>{_tokens(rollout, style)}</pre><footer>{' · '.join(notes)}</footer></article>"
+    )
+
+
+def _tokens(rollout: RolloutLine, style: Style) -> str:
+    """The completion with its token weights, or its plain text where these or a tokenizer are missing."""
+    weights, ids = rollout.token_weights, rollout.completion_ids
+    if style.tokenizer is None or weights is None or not len(ids) == len(weights) == len(rollout.policy_versions):
+        return escape(_without_middle(rollout.text, 4 * style.max_tokens))
+    half = style.max_tokens // 2
+    if len(ids) <= style.max_tokens:
+        return "".join(_marked(style, ids, weights, rollout.policy_versions))
+    head = "".join(_marked(style, ids[:half], weights[:half], rollout.policy_versions[:half]))
+    tail = "".join(_marked(style, ids[-half:], weights[-half:], rollout.policy_versions[-half:]))
+    return f"{head}<em> … {len(ids) - 2 * half:,} tokens left out … </em>{tail}"
+
+
+def _marked(style: Style, ids: Sequence[int], weights: Sequence[float], versions: Sequence[int]) -> Iterator[str]:
+    assert style.tokenizer is not None
+    texts = token_texts(style.tokenizer, ids)
+    for text, weight, version in zip(texts, weights, versions, strict=True):
+        if text:
+            name = shade(weight, style.weight_range)
+            yield f'<i{f" class={name}" if name else ""} data-m="{weight:.3f}" data-v="{version}">{escape(text)}</i>'
+
+
+def token_texts(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str]:
+    """Text of each token. Where a character spans several tokens the last of them carries it, the others are empty."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False)
+        # UTF-8 needs at most four bytes for a character, so a longer wait is for something that is not one.
+        complete = not text.endswith(REPLACEMENT) or len(pending) == 4
+        texts.append(text if complete else "")
+        if complete:
+            pending.clear()
+    if pending:
+        texts[-1] = tokenizer.decode(pending, skip_special_tokens=False)
+    return texts
+
+
+def shade(weight: float, weight_range: float) -> str:
+    """Style class of a token weight: u1..u5 for more credit, d1..d5 for less, empty for next to no change."""
+    share = abs(weight - 1) / weight_range if weight_range else 0.0
+    level = sum(share >= start for start in LEVELS)
+    return f"{'u' if weight > 1 else 'd'}{level}" if level else ""
+
+
+def _validation(validations: Sequence[Validation], style: Style) -> str:
+    before, after = validations[0], validations[-1]
+    lead = (
+        "Questions at even distances through the validation file, not chosen by their result. "
+        "Completions that are the same word for word stand together, with their number in front."
+    )
+    questions: list[str] = []
+    for index, group in before.shown.items():
+        moments = {v.version: v.shown[index] for v in (before, after) if index in v.shown}
+        columns = "".join(
+            f"<div><h4>Policy version {version} {_marks(g, style)}</h4>{_distinct(g, style)}</div>"
+            for version, g in moments.items()
+        )
+        rates = " → ".join(f"{_share_right(g, style):.0%}" for g in moments.values())
+        first = not questions
+        questions.append(_question(group, f"<span>{rates}</span>", f'<div class="moments">{columns}</div>', first))
+    return (
+        f'<section><h2>Validation, before and after</h2><p class="lead">{lead}</p>'
+        f'<div class="questions">{"".join(questions)}</div></section>'
+    )
+
+
+def _distinct(group: GroupLine, style: Style) -> str:
+    """All completions of a group; equal ones as one entry, the most frequent first."""
+    counts = Counter((r.text, r.parsed, r.reward) for r in group.rollouts)
+    entries = []
+    for (text, parsed, reward), count in counts.most_common():
+        right = reward >= style.success
+        entries.append(
+            f'<article class="{"right" if right else "wrong"}"><header><b>{count} ×</b> {_verdict(right)} '
+            f"<span>answer <b>{escape(_short(parsed)) or '–'}</b></span></header>"
+            f"<pre>{escape(_without_middle(text, 4 * style.max_tokens))}</pre></article>"
+        )
+    return "".join(entries)
+
+
+def _question(group: GroupLine, badge: str, body: str, first: bool) -> str:
+    title = escape(_short(group.question.strip().split("\n")[0], 110))
+    return (
+        f'<details{" open" if first else ""}><summary><span class="title">{title}</span>{badge}</summary>'
+        f'<div class="prompt"><pre>{escape(_without_middle(group.question, 4000))}</pre>'
+        f"<p>right answer <b>{escape(_short(group.answer))}</b></p></div>{body}</details>"
+    )
+
+
+def _marks(group: GroupLine, style: Style) -> str:
+    right = [reward >= style.success for reward in group.rewards]
+    marks = "".join(f'<i class="{"right" if r else "wrong"}">{"✓" if r else "✗"}</i>' for r in right)
+    return f'<span class="marks" role="img" aria-label="{sum(right)} of {len(right)} right">{marks}</span>'
+
+
+def _verdict(right: bool) -> str:
+    return '<span class="verdict">✓ right</span>' if right else '<span class="verdict">✗ wrong</span>'
+
+
+def _share_right(group: GroupLine, style: Style) -> float:
+    return sum(reward >= style.success for reward in group.rewards) / max(1, len(group.rewards))
+
+
+def _versions(versions: Sequence[int]) -> str:
+    """Which policy versions sampled the completion, and where one took over from another."""
+    if len(set(versions)) == 1:
+        return f"policy version {versions[0]}"
+    last = [i for i, version in enumerate(versions) if i + 1 == len(versions) or versions[i + 1] != version]
+    return "policy version " + ", then ".join(f"{versions[i]} to token {i + 1:,}" for i in last)
+
+
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _without_middle(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} … {len(text) - length:,} characters left out … {text[-(length // 2) :]}"

@@ -1,0 +1,30 @@
+"""torchrun that ends with the exit code of the process that failed first; torchrun itself always says 1.
+
+`python -m retort.cli.torchrun [torchrun's arguments]`. The launcher and a container's restart policy decide by this
+code whether the trainer asked for an end (bad configuration, stalled, diverged) or died and is to be started again.
+"""
+
+import logging
+import signal
+import sys
+
+
+def main() -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # The process that failed has said why; torchrun's account of it would bury that line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        print(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

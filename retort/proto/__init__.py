@@ -1,0 +1,1 @@
+"""Compiled protocol buffers (`make proto`): committed, never edited."""

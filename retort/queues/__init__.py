@@ -1,0 +1,68 @@
+"""The queue between trainer and rollout service: one Redis or Valkey, which both may lose and find again.
+
+Keys, all prefixed `retort:{<run>}:` (the braces keep them in one cluster slot):
+
+    work:train, work:validation       streams of WorkItem; the consumer group "rollout" leases their entries
+    groups:train, groups:validation   streams of RolloutGroup, in the order in which they were finished
+    state       hash  group_id -> "issued <id of its work entry>" | "submitted"; what is not in it, nobody awaits
+    dead        stream of entries that were set aside, each with cause and reason
+    fence       string, the highest trainer epoch seen; it never falls
+    policy      hash  epoch, version, digest of the committed policy
+    members     hash  replica name -> Member
+    evicted     hash  replica name -> incarnation that was struck off
+    progress    hash  what the trainer is doing
+    stop        string, why the run should end
+
+A group, from the point of view of `state`:
+
+                  issue                  submit                     commit
+       (absent) ────────► "issued" ────────────────► "submitted" ────────────► (absent)
+          ▲                  │ bury                       │ quarantine
+          └──────────────────┴────────────────────────────┘        both also write `dead`
+
+A work entry:  waiting ─take─► leased ─submit─► gone
+                  ▲               │ not renewed for lease_s, or given back
+                  └───────────────┘      (after max_deliveries such deliveries it is buried instead)
+
+Only the functions in functions.lua write these keys, except progress and stop. Each is atomic and idempotent
+by group id or entry id, so every call may be repeated when its reply was lost. Trainer calls carry the epoch of
+their trainer; one that is not the newest gets `Fenced` and has changed nothing.
+The trainer reads groups from its own cursor, kept in its checkpoint, and groups leave only in `commit`.
+What Redis forgets is therefore redone, never lost: a waiting trainer issues again whatever it still awaits.
+"""
+
+from retort.queues.connection import connect, connect_async
+from retort.queues.protocol import (
+    KINDS,
+    DeadWork,
+    Evicted,
+    Fenced,
+    InFlight,
+    Kind,
+    Lease,
+    Member,
+    Policy,
+)
+from retort.queues.rollout import RolloutQueue
+from retort.queues.trainer import TrainerQueue
+from retort.queues.view import PendingLease, RunView, clear_stop, request_stop
+
+__all__ = [
+    "KINDS",
+    "DeadWork",
+    "Evicted",
+    "Fenced",
+    "InFlight",
+    "Kind",
+    "Lease",
+    "Member",
+    "PendingLease",
+    "Policy",
+    "RolloutQueue",
+    "RunView",
+    "TrainerQueue",
+    "clear_stop",
+    "connect",
+    "connect_async",
+    "request_stop",
+]

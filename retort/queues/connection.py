@@ -1,0 +1,115 @@
+"""Connections to Redis or Valkey, and the one way to call the function library over them."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.retry import Retry
+
+from retort.config import ConfigError
+from retort.queues import replies
+from retort.queues.protocol import LIBRARY_SOURCE, function
+from retort.queues.replies import Reply
+
+OLDEST_REDIS = 7
+SOCKET_TIMEOUT_S = 10.0
+BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
+FIRST_ATTEMPTS = 4
+"""Attempts of the very first call, about half a second in all: a wrong address should be told at once."""
+ATTEMPTS = 60
+"""Attempts of every later call, about 30 s in all: the time in which a Redis that died must be back."""
+
+
+def connect(url: str) -> Redis:
+    """A client of the server at `url` (`redis://[:password@]host:port[/db]`, `rediss://`, `unix://`).
+
+    Calls are repeated while the server restarts; everything this package sends may be repeated.
+    Raises ConfigError when nothing usable answers.
+    """
+    try:
+        redis = Redis.from_url(url, retry=Retry(BACKOFF, FIRST_ATTEMPTS), **_settings())
+        _check(url, redis.info())
+    except (RedisError, ValueError) as error:
+        raise _unusable(url, error) from error
+    redis.set_retry(Retry(BACKOFF, ATTEMPTS))
+    return redis
+
+
+async def connect_async(url: str) -> AsyncRedis:
+    """The same for asyncio."""
+    try:
+        redis = AsyncRedis.from_url(url, retry=AsyncRetry(BACKOFF, FIRST_ATTEMPTS), **_settings())
+        _check(url, await redis.info())
+    except (RedisError, ValueError) as error:
+        raise _unusable(url, error) from error
+    redis.set_retry(AsyncRetry(BACKOFF, ATTEMPTS))
+    return redis
+
+
+def call(redis: Redis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
+    """Call a function of the library; a server that does not have it (new, or emptied) gets it first."""
+    try:
+        return redis.fcall(function(name), len(keys), *keys, *args)
+    except ResponseError as error:
+        if not replies.library_is_missing(error):
+            raise
+    try:
+        redis.function_load(LIBRARY_SOURCE)
+    except ResponseError as error:
+        if not replies.library_is_there(error):
+            raise
+    return redis.fcall(function(name), len(keys), *keys, *args)
+
+
+async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
+    """The same for asyncio."""
+    try:
+        return await redis.fcall(function(name), len(keys), *keys, *args)
+    except ResponseError as error:
+        if not replies.library_is_missing(error):
+            raise
+    try:
+        await redis.function_load(LIBRARY_SOURCE)
+    except ResponseError as error:
+        if not replies.library_is_there(error):
+            raise
+    return await redis.fcall(function(name), len(keys), *keys, *args)
+
+
+def _settings() -> dict[str, Any]:
+    # RESP2 is pinned because redis-py gives stream replies another shape under RESP3.
+    timeouts = {"socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": SOCKET_TIMEOUT_S}
+    return {"protocol": 2, "socket_keepalive": True, **timeouts}
+
+
+def _check(url: str, info: Reply) -> None:
+    version = str(info["redis_version"])
+    if int(version.partition(".")[0]) < OLDEST_REDIS:
+        raise ConfigError(f"{_shown(url)} is Redis {version}; Retort needs Redis 7.0 or newer, or Valkey.")
+    if info["maxmemory"] and info["maxmemory_policy"] != "noeviction":
+        raise ConfigError(
+            f"{_shown(url)} has maxmemory-policy {info['maxmemory_policy']}, which deletes work when "
+            "memory is full. Set it to noeviction."
+        )
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    where = _shown(url)
+    if isinstance(error, AuthenticationError):
+        return ConfigError(f"Redis at {where} refused the password ({error}). The URL is redis://:PASSWORD@HOST.")
+    if isinstance(error, ConnectionError | TimeoutError):
+        return ConfigError(
+            f"No Redis answers at {where}: {error}. Start one there, or correct redis.url in the run file "
+            "(environment RETORT_REDIS__URL or REDIS_URL). With none of them set `retort run` starts its own."
+        )
+    return ConfigError(f"Redis at {where} cannot be used: {error}")
+
+
+def _shown(url: str) -> str:
+    """The address without its password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if parts.netloc else repr(url)

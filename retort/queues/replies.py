@@ -1,0 +1,120 @@
+"""Redis replies become our values here and nowhere else; redis-py types them as unions of everything."""
+
+from typing import Any, Literal, TypeAlias
+
+from redis.exceptions import ResponseError
+
+from retort.queues.protocol import DeadWork, Entry, Evicted, Fenced, Keys, Kind, Member, Policy
+
+Reply: TypeAlias = Any
+"""Whatever redis-py returned."""
+
+
+def text(reply: Reply) -> str:
+    return reply.decode() if isinstance(reply, bytes) else str(reply)
+
+
+def kind(reply: Reply) -> Kind:
+    return "train" if reply == b"train" else "validation"
+
+
+def outcome(reply: Reply) -> Literal["new", "issued", "submitted"]:
+    return "new" if reply == b"new" else "issued" if reply == b"issued" else "submitted"
+
+
+def submission(reply: Reply) -> Literal["stored", "duplicate", "unknown"]:
+    return "stored" if reply == b"stored" else "duplicate" if reply == b"duplicate" else "unknown"
+
+
+def texts(reply: Reply) -> dict[str, str]:
+    """A hash of strings."""
+    return {text(name): text(value) for name, value in reply.items()}
+
+
+def members(reply: Reply) -> dict[str, Member]:
+    return {text(name): Member.from_bytes(data) for name, data in reply.items()}
+
+
+def policy(reply: Reply) -> Policy | None:
+    """The hash `policy`."""
+    if not reply:
+        return None
+    return Policy(epoch=int(reply[b"epoch"]), version=int(reply[b"version"]), digest=text(reply[b"digest"]))
+
+
+def pending_count(reply: Reply) -> int:
+    """The answer of XPENDING without a range."""
+    return int(reply["pending"])
+
+
+def pending(reply: Reply) -> list[dict[str, Any]]:
+    """The answer of XPENDING with a range, as fields of PendingLease."""
+    return [
+        {
+            "entry_id": text(found["message_id"]),
+            "replica": text(found["consumer"]),
+            "idle_s": found["time_since_delivered"] / 1000,
+            "deliveries": found["times_delivered"],
+        }
+        for found in reply
+    ]
+
+
+def entry(entry_id: Reply, fields: Reply) -> Entry:
+    return Entry(text(entry_id), text(fields[b"group_id"]), text(fields[b"crc"]), fields[b"data"])
+
+
+def entries(reply: Reply, keys: Keys) -> list[tuple[Kind, Entry]]:
+    """The answer of XREAD or XREADGROUP."""
+    return [
+        (keys.kind_of(text(stream)), entry(entry_id, fields))
+        for stream, stream_entries in reply or []
+        for entry_id, fields in stream_entries
+    ]
+
+
+def taken(reply: Reply) -> list[tuple[Kind, int, Entry]]:
+    """The answer of the function `take`: kind, deliveries, entry."""
+    return [
+        (kind(name), int(deliveries), Entry(text(entry_id), text(group_id), text(crc), data))
+        for name, entry_id, deliveries, group_id, crc, data in reply
+    ]
+
+
+def dead(reply: Reply) -> list[DeadWork]:
+    """The answer of XRANGE on `dead`."""
+    found = []
+    for _, fields in reply:
+        values = {text(name): value for name, value in fields.items() if name != b"data"}
+        found.append(
+            DeadWork(
+                kind=kind(values["kind"]),
+                group_id=text(values["group_id"]),
+                reason=text(values["reason"]),
+                cause="failed" if values["cause"] == b"failed" else "corrupt",
+                epoch=int(values["epoch"]),
+            )
+        )
+    return found
+
+
+def library_is_missing(error: ResponseError) -> bool:
+    return "Function not found" in str(error)
+
+
+def library_is_there(error: ResponseError) -> bool:
+    return "already exists" in str(error)
+
+
+def consumer_group_is_missing(error: ResponseError) -> bool:
+    return "NOGROUP" in str(error)
+
+
+def refusal(error: ResponseError, *, epoch: int = 0, who: str = "") -> Exception:
+    """The exception that a function's error reply stands for."""
+    code, _, rest = str(error).partition(" ")
+    if code == "FENCED":
+        return Fenced(epoch, int(rest))
+    if code == "EVICTED":
+        return Evicted(f"{who} was evicted by the trainer; it must restart")
+    return error

@@ -1,0 +1,85 @@
+"""What an onlooker sees of a run (`retort status`, the live panel), and the request to stop it."""
+
+from redis import Redis
+
+from retort.queues import replies
+from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy
+from retort.rollouts import Message
+
+
+class PendingLease(Message, frozen=True, kw_only=True):
+    """A lease that somebody holds."""
+
+    kind: Kind
+    entry_id: str
+    replica: str
+    idle_s: float
+    """Seconds since it was taken or last renewed."""
+    deliveries: int
+
+
+class RunView:
+    """Reads the state of a run and writes nothing."""
+
+    def __init__(self, redis: Redis, run: str) -> None:
+        self._redis = redis
+        self._keys = Keys(run)
+
+    def progress(self) -> dict[str, str]:
+        """What the trainer last said with `set_progress`; empty before."""
+        return replies.texts(self._redis.hgetall(self._keys("progress")))
+
+    def members(self) -> dict[str, Member]:
+        """The rollout replicas by name, dead ones included."""
+        return replies.members(self._redis.hgetall(self._keys("members")))
+
+    def policy(self) -> Policy | None:
+        """The committed policy; None before the first."""
+        return replies.policy(self._redis.hgetall(self._keys("policy")))
+
+    def highest_epoch(self) -> int:
+        """The highest trainer epoch seen; 0 in a new run."""
+        return int(replies.text(self._redis.get(self._keys("fence")) or "0"))
+
+    def dead(self) -> list[DeadWork]:
+        """Everything that was ever set aside in this run, oldest first."""
+        return replies.dead(self._redis.xrange(self._keys("dead")))
+
+    def stop_requested(self) -> str | None:
+        """Why the run should end, or None."""
+        reason = self._redis.get(self._keys("stop"))
+        return None if reason is None else replies.text(reason)
+
+    def in_flight(self, kind: Kind) -> InFlight:
+        """How many groups of a kind are waiting, leased and finished."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xlen(self._keys.work(kind))
+            pipeline.xlen(self._keys.groups(kind))
+            pipeline.exists(self._keys.work(kind))
+            queued, finished, exists = pipeline.execute()
+        leased = 0
+        if exists:
+            leased = replies.pending_count(self._redis.xpending(self._keys.work(kind), CONSUMER_GROUP))
+        return InFlight(waiting=max(queued - leased, 0), leased=leased, finished=finished)
+
+    def counts(self) -> dict[Kind, InFlight]:
+        """`in_flight` of both kinds."""
+        return {kind: self.in_flight(kind) for kind in KINDS}
+
+    def oldest_lease(self, kind: Kind) -> PendingLease | None:
+        """The lease on the oldest work, with who holds it; None when nothing is leased."""
+        stream = self._keys.work(kind)
+        if not self._redis.exists(stream):
+            return None
+        reply = self._redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 1)
+        return next((PendingLease(kind=kind, **lease) for lease in replies.pending(reply)), None)
+
+
+def request_stop(redis: Redis, run: str, reason: str) -> None:
+    """Ask the trainer to finish its step, save and end."""
+    redis.set(Keys(run)("stop"), reason)
+
+
+def clear_stop(redis: Redis, run: str) -> None:
+    """Forget the request to stop, before a run is resumed."""
+    redis.delete(Keys(run)("stop"))

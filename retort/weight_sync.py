@@ -1,0 +1,223 @@
+"""How new weights travel from the trainer to every rollout replica: one bucketed broadcast, with digests.
+
+The trainer takes a `Snapshot` (parameters in the served dtype, packed into byte buckets), opens a process group
+with the replicas that answered `PrepareRequest`, and broadcasts the buckets. Backend gloo on a CPU and NCCL on CUDA
+run this same code. torch.distributed has no authentication: what makes a transfer trustworthy is the digest that
+travels over HTTP.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Backend as ProcessGroup
+from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store
+
+from retort.rollouts import Message
+
+# Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
+_LANE_WEIGHT = 0x9E3779B97F4A7C15 - 2**64
+
+
+class TensorSpec(Message, frozen=True, kw_only=True):
+    """Name, shape and dtype of one tensor, as in the Hugging Face checkpoint."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype), self.dtype
+        return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class WeightManifest(Message, frozen=True, kw_only=True):
+    """What will be broadcast: the tensors in order, dealt to buckets."""
+
+    buckets: list[list[TensorSpec]]
+
+    @classmethod
+    def of(cls, specs: Iterable[TensorSpec], bucket_bytes: int) -> "WeightManifest":
+        """Deal tensors to buckets of at most `bucket_bytes`; a larger tensor gets a bucket of its own."""
+        buckets: list[list[TensorSpec]] = []
+        room = 0
+        for spec in specs:
+            if not buckets or spec.num_bytes > room:
+                buckets.append([])
+                room = bucket_bytes
+            buckets[-1].append(spec)
+            room -= _padded(spec.num_bytes)
+        return cls(buckets=buckets)
+
+
+class PrepareRequest(Message, frozen=True, kw_only=True):
+    """Pause and expect a policy version. POST /weights/prepare, answered by `PrepareReply`."""
+
+    epoch: int
+    """The trainer's fencing token; a replica refuses one that is older than it has seen."""
+    version: int
+    manifest: WeightManifest
+
+
+class PrepareReply(Message, frozen=True, kw_only=True):
+    num_workers: int
+    """Processes of this replica that will receive; each has a rank of its own in the broadcast."""
+
+
+class TransferRequest(Message, frozen=True, kw_only=True):
+    """Join the process group and receive. POST /weights/transfer, answered by `TransferReply`."""
+
+    epoch: int
+    transfer: str
+    """Names the process group, so that a late comer of an abandoned transfer can never meet this one."""
+    backend: str
+    store_host: str
+    store_port: int
+    broadcast_rank: int
+    """Rank of the replica's first worker; the sender is rank 0."""
+    world_size: int
+    deadline_s: float
+
+
+class TransferReply(Message, frozen=True, kw_only=True):
+    digests: list[list[int]]
+    """One list per engine worker: the digest of every bucket, computed by the receiver from what it received."""
+
+
+class ProbeRequest(Message, frozen=True, kw_only=True):
+    """Load what was received and score the probe prompt with it. POST /weights/probe, answered by `ProbeReply`."""
+
+    epoch: int
+    prompt_ids: list[int]
+
+
+class ProbeReply(Message, frozen=True, kw_only=True):
+    logprobs: list[float]
+    """Log-probability of every probe token but the first."""
+
+
+class CommitRequest(Message, frozen=True, kw_only=True):
+    """Serve the version from now on. POST /weights/commit."""
+
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The policy's weights at one version, packed and ready to send, with the digest of every bucket."""
+
+    version: int
+    manifest: WeightManifest
+    buckets: list[Tensor]
+    digests: list[int]
+
+    @classmethod
+    def take(cls, version: int, manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]]) -> "Snapshot":
+        """Pack the manifest's tensors, which come in its order, one at a time; they are converted to its dtypes."""
+        stream = iter(tensors)
+        buckets = [_pack(specs, stream) for specs in manifest.buckets]
+        return cls(version, manifest, buckets, [bucket_digest(bucket) for bucket in buckets])
+
+    @property
+    def digest(self) -> str:
+        """One name for the weights: equal only if every bucket is."""
+        text = ",".join(f"{digest:016x}" for digest in self.digests)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def bucket_digest(bucket: Tensor) -> int:
+    """64-bit position-weighted sum of a byte bucket, on the device where it lies.
+
+    sum_i lane_i * (2 i + 1) * K modulo 2**64 over its 8-byte lanes: any single changed lane changes it, and so does a
+    swap of two different lanes but for a chance of 2**-64 or so. It guards against faults, not against forgery.
+    """
+    lanes = bucket.view(torch.int64)
+    position = torch.arange(lanes.numel(), device=bucket.device, dtype=torch.int64)
+    total = (lanes * (2 * position + 1) * _LANE_WEIGHT).sum().item()
+    return int(total) % 2**64
+
+
+def open_process_group(
+    backend: str, store: Store, transfer: str, *, rank: int, world_size: int, timeout_s: float
+) -> ProcessGroup:
+    """A process group of its own beside whatever groups the process already has.
+
+    Raises RuntimeError (from torch) when a member does not show up within `timeout_s`.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    prefixed = PrefixStore(f"retort/{transfer}", store)
+    if backend == "gloo":
+        return ProcessGroupGloo(prefixed, rank, world_size, timeout)
+    from torch.distributed.distributed_c10d import ProcessGroupNCCL  # only in CUDA builds
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupNCCL(prefixed, rank, world_size, options)
+
+
+def send(group: ProcessGroup, snapshot: Snapshot, timeout_s: float) -> None:
+    """Broadcast every bucket as rank 0. Raises RuntimeError when a receiver is gone or late."""
+    for bucket in snapshot.buckets:
+        _broadcast(group, bucket, timeout_s)
+
+
+def receive(
+    group: ProcessGroup, manifest: WeightManifest, device: torch.device, timeout_s: float
+) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
+    """Yield for every bucket its (name, tensor) pairs and the digest of the bytes that arrived."""
+    for specs in manifest.buckets:
+        # A new buffer each time: an engine may keep views until a whole layer has arrived.
+        bucket = torch.empty(_bucket_bytes(specs), dtype=torch.uint8, device=device)
+        _broadcast(group, bucket, timeout_s)
+        yield list(_unpack(bucket, specs)), bucket_digest(bucket)
+
+
+def _broadcast(group: ProcessGroup, buffer: Tensor, timeout_s: float) -> None:
+    options = BroadcastOptions()
+    options.rootRank = 0
+    options.timeout = timedelta(seconds=timeout_s)
+    group.broadcast([buffer], options).wait(timedelta(seconds=timeout_s))
+
+
+def _padded(num_bytes: int) -> int:
+    """Tensors start at multiples of 16 bytes, so that any dtype can view its slice and the digest sees whole lanes."""
+    return -(-num_bytes // 16) * 16
+
+
+def _pack(specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
+    bucket: Tensor | None = None
+    start = 0
+    for spec in specs:
+        name, tensor = next(tensors)
+        assert name == spec.name and list(tensor.shape) == spec.shape, f"{name} came where {spec.name} was announced"
+        if bucket is None:
+            bucket = torch.zeros(_bucket_bytes(specs), dtype=torch.uint8, device=tensor.device)
+        _view(bucket, start, spec).copy_(tensor)
+        start += _padded(spec.num_bytes)
+    assert bucket is not None
+    return bucket
+
+
+def _bucket_bytes(specs: Sequence[TensorSpec]) -> int:
+    return sum(_padded(spec.num_bytes) for spec in specs)
+
+
+def _view(bucket: Tensor, start: int, spec: TensorSpec) -> Tensor:
+    return bucket[start : start + spec.num_bytes].view(spec.torch_dtype).view(spec.shape)
+
+
+def _unpack(bucket: Tensor, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+    start = 0
+    for spec in specs:
+        yield spec.name, _view(bucket, start, spec)
+        start += _padded(spec.num_bytes)

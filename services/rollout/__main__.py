@@ -1,0 +1,144 @@
+"""`python -m services.rollout --config FILE --name rollout-0`: one rollout server."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+
+import uvicorn
+
+from retort.config import ConfigError, RunConfig, load_config
+from retort.queues import Evicted, RolloutQueue, connect_async
+from retort.telemetry import log_event, start_logging
+from services.rollout.app import make_app
+from services.rollout.engine import Engine
+from services.rollout.presence import Presence
+from services.rollout.reward_client import RewardClient
+from services.rollout.sampler import Decoder, Sampler
+from services.rollout.weight_receiver import WeightReceiver
+
+
+class EngineDied(Exception):
+    """The engine's process is gone; this server ends so that its supervisor starts a new one."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.rollout", description=__doc__)
+    parser.add_argument("--config", required=True, help="the run file")
+    parser.add_argument("--name", default=f"rollout-{socket.gethostname()}", help="unique among the run's replicas")
+    parser.add_argument("--advertise", default="", help="host under which the trainer reaches this replica")
+    args = parser.parse_args()
+    start_logging(args.name)
+    try:
+        config = load_config(args.config)
+        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host))
+    except ConfigError as error:
+        log_event("bad_configuration", logging.ERROR, message=error)
+        return error.exit_code
+    except BaseExceptionGroup as group:
+        expected, unexpected = group.split((Evicted, EngineDied))
+        if unexpected is not None:
+            raise unexpected from None
+        log_event("ended", logging.ERROR, message=expected.exceptions[0] if expected else group)
+        return 1
+    return 0
+
+
+async def serve(config: RunConfig, name: str, advertise: str) -> None:
+    """Load the engine, join the run, and sample until asked to drain (SIGTERM, SIGINT)."""
+    draining = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, draining.set)
+    listening = _listen(config.rollout.host, config.rollout.port)
+    redis = await connect_async(config.redis.url or os.environ.get("REDIS_URL", ""))
+    queue = RolloutQueue(redis, config.key_prefix, name, config.rollout.lease_s, config.rollout.max_deliveries)
+    await queue.declare()
+    presence = Presence(name, f"http://{advertise}:{listening.getsockname()[1]}", queue)
+    await presence.loading()
+
+    from services.rollout.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(config)
+    try:
+        reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
+        receiver = WeightReceiver(engine)
+        sampler = Sampler(
+            name=name,
+            queue=queue,
+            engine=engine,
+            receiver=receiver,
+            reward=reward,
+            decode=_decoder(config.model.path),
+            concurrent_groups=config.rollout.concurrent_groups,
+            lease_s=config.rollout.lease_s,
+        )
+        log_event("engine_loaded", url=presence.url)
+        await _run(sampler, presence, receiver, engine, listening, draining)
+        await queue.leave()
+        await reward.close()
+    finally:
+        engine.shutdown()
+    await redis.aclose()
+
+
+async def _run(
+    sampler: Sampler,
+    presence: Presence,
+    receiver: WeightReceiver,
+    engine: Engine,
+    listening: socket.socket,
+    draining: asyncio.Event,
+) -> None:
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(receiver), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
+    )
+    # uvicorn would take SIGTERM for itself and stop answering the trainer while groups are still in hand.
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    async with asyncio.TaskGroup() as tasks:
+        http = tasks.create_task(server.serve([listening]), name="http")
+        background = [
+            tasks.create_task(presence.follow(receiver, sampler), name="presence"),
+            tasks.create_task(sampler.renew_leases(), name="renew-leases"),
+            tasks.create_task(_end_with(engine), name="engine"),
+        ]
+        await sampler.run(draining)
+        for task in background:
+            task.cancel()
+        server.should_exit = True
+        await http
+
+
+async def _end_with(engine: Engine) -> None:
+    await engine.wait_until_dead()
+    raise EngineDied("the engine's process ended; its last words are above")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.host = {host!r}, rollout.port = {port}: {error.strerror}. Choose another port, or 0 for a free one."
+        ) from None
+    return listening
+
+
+def _decoder(model: str) -> Decoder:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return decode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

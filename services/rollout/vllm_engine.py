@@ -1,0 +1,141 @@
+"""The vLLM engine behind the rollout server. `import vllm` happens here and in `vllm_plugin` only."""
+
+import asyncio
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from vllm import SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import TokensPrompt
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from retort.config import RunConfig
+from retort.rollouts import SamplingParameters
+from retort.weight_sync import TransferRequest, WeightManifest
+from services.rollout.engine import Sampled
+from services.rollout.vllm_plugin import BACKEND, WorkerExtension
+
+HEALTH_CHECK_S = 1.0
+
+
+class VLLMEngine:
+    """An `AsyncLLM` whose weights arrive by broadcast. See `services.rollout.engine.Engine`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        on_cpu = not torch.cuda.is_available()
+        # Read by the plug-in: processes below this one die with it.
+        os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())
+        if on_cpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=config.model.path,
+                dtype=config.model.dtype,
+                max_model_len=config.model.max_length,
+                seed=config.seed,
+                # The model's own top_k and top_p would be applied silently, and the log-probs would no longer be
+                # the policy's.
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                tensor_parallel_size=config.rollout.tensor_parallel,
+                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+                max_num_seqs=min(config.rollout.concurrent_groups * config.trainer.group_size, 512),
+                scheduling_policy="priority",
+                # On a CPU, a request with a seed that is caught in a partial prefill ends the engine
+                # ("CPU Generator does not use offset").
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(config.model.max_length, 8192) if on_cpu else None,
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
+                disable_log_stats=True,
+                enable_log_requests=False,
+            )
+        )
+        self.num_workers = config.rollout.tensor_parallel
+        # The weights that vLLM read from disk belong to no policy version: nobody has verified them.
+        self._version = -1
+
+    async def sample(
+        self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
+    ) -> Sampled:
+        """Sample one completion. The end-of-sequence token is part of it.
+
+        Work from the queue is `urgent`; requests from outside wait behind it.
+        """
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+            max_tokens=sampling.max_completion_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._generate(prompt_ids, parameters, priority=0 if urgent else 1)
+        completion = output.outputs[0]
+        ids = list(completion.token_ids)
+        assert completion.logprobs is not None and completion.weight_versions is not None
+        versions = [0] * len(ids)
+        for span in completion.weight_versions:
+            versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+        reason: Literal["stop", "length"] = "stop" if completion.finish_reason == "stop" else "length"
+        positions = zip(completion.logprobs, ids, strict=True)
+        logprobs = [position[token].logprob for position, token in positions if position]
+        return Sampled(ids, logprobs, versions, reason)
+
+    async def _generate(self, prompt_ids: Sequence[int], parameters: SamplingParams, priority: int) -> RequestOutput:
+        # The salt keeps prompts that were prefilled under other weights out of the prefix cache.
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=str(self._version))
+        async for output in self._llm.generate(prompt, parameters, uuid.uuid4().hex, priority=priority):
+            if output.finished:
+                return output
+        raise RuntimeError("vLLM ended a request without an answer")
+
+    async def prepare(self) -> None:
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.start_weight_update()
+
+    async def receive(self, request: TransferRequest, manifest: WeightManifest) -> list[list[int]]:
+        await self._llm.update_weights(
+            WeightTransferUpdateRequest({"request": request.to_bytes(), "manifest": manifest.to_bytes()})
+        )
+        digests: list[list[int]] = await self._llm.collective_rpc("received_digests")
+        return digests
+
+    async def load(self, version: int) -> None:
+        await self._llm.finish_weight_update(weight_version=str(version))
+        self._version = version
+        await self._llm.resume_generation()
+
+    async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
+        """Log-probability of every token of the prompt but the first, under the weights in use."""
+        parameters = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._generate(prompt_ids, parameters, priority=-1)
+        assert output.prompt_logprobs is not None
+        positions = zip(output.prompt_logprobs[1:], prompt_ids[1:], strict=True)
+        return [position[token].logprob for position, token in positions if position]
+
+    async def abandon(self) -> None:
+        await self._llm.collective_rpc("abandon_weight_update")
+
+    async def wait_until_dead(self) -> None:
+        """Return when the engine process is gone."""
+        while not self._llm.errored:
+            await asyncio.sleep(HEALTH_CHECK_S)
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()

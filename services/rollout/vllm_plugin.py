@@ -1,0 +1,107 @@
+"""Retort's part inside vLLM's worker processes: the receiving end of the weight broadcast.
+
+vLLM loads `register` in every process it starts (entry point group `vllm.general_plugins`).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from retort.telemetry import die_with_parent
+from retort.weight_sync import TransferRequest, WeightManifest, open_process_group, receive
+
+BACKEND = "retort"
+
+
+def register() -> None:
+    """Make the broadcast receiver known to vLLM, and tie the life of its processes to their parent's."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, BroadcastReceiver.__name__)
+    if os.environ.get("RETORT_ENGINE_PARENT", str(os.getpid())) != str(os.getpid()):
+        # Only processes below the rollout server: a killed server must not leave an engine that holds memory or a GPU.
+        die_with_parent()
+
+
+@dataclass
+class NothingToInit(WeightTransferInitInfo):
+    """Every transfer has a process group of its own, so there is nothing to set up ahead."""
+
+
+@dataclass
+class ReceiveInfo(WeightTransferUpdateInfo):
+    """What to receive and how, as msgpack, since vLLM passes plain values to its workers."""
+
+    request: bytes
+    manifest: bytes
+
+
+class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
+    """Receives buckets from the trainer (broadcast rank 0) and loads them as vLLM loads a checkpoint."""
+
+    init_info_cls = NothingToInit
+    update_info_cls = ReceiveInfo
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.digests: list[int] = []
+
+    def init_transfer_engine(self, init_info: NothingToInit) -> None:
+        """Nothing to do; see `NothingToInit`."""
+
+    def start_weight_update(self) -> None:
+        self.digests = []
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ReceiveInfo) -> None:
+        request = TransferRequest.from_bytes(update_info.request)
+        deadline_s = request.deadline_s
+        store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=deadline_s))
+        group = open_process_group(
+            request.backend,
+            store,
+            request.transfer,
+            rank=request.broadcast_rank + self.parallel_config.rank,
+            world_size=request.world_size,
+            timeout_s=deadline_s,
+        )
+        manifest = WeightManifest.from_bytes(update_info.manifest)
+        for tensors, digest in receive(group, manifest, self.device, deadline_s):
+            self.model.load_weights(iter(tensors))
+            self.digests.append(digest)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        lm_head = getattr(self.model, "lm_head", None)
+        if self.device.type == "cpu" and lm_head is not None:
+            # vLLM's CPU build keeps a packed copy of the head. With tied embeddings nothing loads "lm_head", so
+            # without this line the copy stays at the old weights and nobody says so.
+            lm_head.quant_method.process_weights_after_loading(lm_head)
+
+    def shutdown(self) -> None:
+        """Nothing is kept open between transfers."""
+
+
+class WorkerExtension:
+    """Methods that vLLM mixes into its worker class, called by name through `collective_rpc`."""
+
+    weight_transfer_engine: BroadcastReceiver
+    _weight_update_active: bool
+
+    def received_digests(self) -> list[int]:
+        return self.weight_transfer_engine.digests
+
+    def abandon_weight_update(self) -> None:
+        """Close an update that failed half-way. The weights are unusable until the next full update."""
+        if self._weight_update_active:
+            self.weight_transfer_engine.finish_weight_update()
+            self._weight_update_active = False

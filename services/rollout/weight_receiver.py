@@ -1,0 +1,120 @@
+"""A replica's side of a weight sync: which policy version it serves, and how it gets to the next.
+
+    joining -> prepared -> received -> verifying -> serving          every failure: back to joining
+       ^___________|___________|___________|
+
+The trainer drives it with four calls (`retort.weight_sync`). Work is taken only while serving; what was sampled while a
+version was being verified leaves the replica only after that version was committed.
+"""
+
+import asyncio
+import contextlib
+
+from retort.telemetry import log_event
+from retort.weight_sync import (
+    CommitRequest,
+    PrepareReply,
+    PrepareRequest,
+    ProbeReply,
+    ProbeRequest,
+    TransferReply,
+    TransferRequest,
+)
+from services.rollout.engine import Engine
+
+
+class RefusedError(Exception):
+    """The trainer asked for something that this replica must not do: it is old, or it skips a phase."""
+
+
+class WeightReceiver:
+    """Which version the replica serves. Only `commit` of a verified version makes it serve."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._epoch = 0
+        self._phase = "joining"
+        self._pending: PrepareRequest | None = None
+        self._changed = asyncio.Condition()
+        self._one_at_a_time = asyncio.Lock()
+        self.served_version: int | None = None
+
+    @property
+    def state(self) -> str:
+        """joining, updating or serving, for the members list."""
+        return self._phase if self._phase in ("joining", "serving") else "updating"
+
+    async def prepare(self, request: PrepareRequest) -> PrepareReply:
+        """Freeze generation and expect `request.version`. Repeating it after a failure is allowed."""
+        if request.epoch < self._epoch:
+            raise RefusedError(f"trainer epoch {request.epoch} is over: epoch {self._epoch} has taken over")
+        async with self._one_at_a_time:
+            if self._phase in ("prepared", "received"):
+                await self._engine.abandon()
+            self._epoch, self._pending = request.epoch, request
+            await self._move("joining")
+            await self._engine.prepare()
+            await self._move("prepared")
+            return PrepareReply(num_workers=self._engine.num_workers)
+
+    async def transfer(self, request: TransferRequest) -> TransferReply:
+        """Receive the broadcast; answers with the digests of what arrived."""
+        async with self._one_at_a_time:
+            pending = self._expect("prepared", request.epoch)
+            digests = await self._engine.receive(request, pending.manifest)
+            await self._move("received")
+            return TransferReply(digests=digests)
+
+    async def probe(self, request: ProbeRequest) -> ProbeReply:
+        """Load what was received and answer the log-probs of the probe prompt under it."""
+        async with self._one_at_a_time:
+            pending = self._expect("received", request.epoch)
+            # From here on a failure needs a whole new update: the old weights are gone.
+            await self._engine.load(pending.version)
+            await self._move("verifying")
+            return ProbeReply(logprobs=await self._engine.probe(request.prompt_ids))
+
+    async def commit(self, request: CommitRequest) -> CommitRequest:
+        """Serve the verified version. A repeated commit (its answer was lost) changes nothing."""
+        async with self._one_at_a_time:
+            if self.served_version == request.version:
+                return request
+            pending = self._expect("verifying", request.epoch)
+            if pending.version != request.version:
+                raise RefusedError(f"version {request.version} is not the one being verified, {pending.version} is")
+            await self._move("serving")
+            log_event("policy_committed", version=request.version)
+            return request
+
+    async def wait_until_serving(self, min_version: int, timeout_s: float) -> bool:
+        """Wait until a version of at least `min_version` is being served; False after `timeout_s`."""
+
+        def serving() -> bool:
+            return self._phase == "serving" and self.served_version is not None and self.served_version >= min_version
+
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(serving)
+        except TimeoutError:
+            return False
+        return True
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until the phase changes, `timeout_s` at most."""
+        phase = self._phase
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._phase != phase)
+
+    def _expect(self, phase: str, epoch: int) -> PrepareRequest:
+        if epoch != self._epoch or phase != self._phase or self._pending is None:
+            raise RefusedError(
+                f"expected phase {phase} of epoch {epoch}, but this replica is in {self._phase} of epoch {self._epoch}"
+            )
+        return self._pending
+
+    async def _move(self, phase: str) -> None:
+        async with self._changed:
+            self._phase = phase
+            self.served_version = self._pending.version if phase == "serving" and self._pending else None
+            self._changed.notify_all()

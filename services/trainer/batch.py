@@ -1,0 +1,128 @@
+"""One training step's data: its groups, row by row, with everything the loss needs that takes no forward pass."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from retort.config import MethodConfig
+from retort.rollouts import Rollout, RolloutGroup
+from services.trainer.advantage import demonstration_choice, group_advantages
+from services.trainer.questions import Question, encode_prompt
+from services.trainer.teacher_prompt import teacher_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class StepBatch:
+    """The R completions of a step, group after group. N counts their tokens; per-token tensors are flat [N]."""
+
+    step: int
+    groups: list[RolloutGroup]
+    rollouts: list[Rollout]
+    """[R]"""
+    prompts: list[list[int]]
+    """[R]"""
+    teacher_prompts: list[list[int] | None]
+    """[R] prompt that shows a sibling's solution; None where there is none to show, or it would be too long."""
+    demonstrations: list[int | None]
+    """[R] index, within the group, of the sibling shown."""
+    advantages: Tensor
+    """[R]"""
+    rollout_logprobs: Tensor
+    """[N]"""
+    teacher_logprobs: Tensor = field(init=False)
+    """[N] filled in by the training step, as are the old logprobs; meaningless in rows that are not active."""
+    old_logprobs: Tensor = field(init=False)
+    entropies: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        lengths = [len(rollout.completion_ids) for rollout in self.rollouts]
+        self.lengths = torch.tensor(lengths)
+        self._starts = [0, *accumulate(lengths)]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        return [rollout.completion_ids for rollout in self.rollouts]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [rollout.reward for rollout in self.rollouts]
+
+    @property
+    def active_rows(self) -> list[int]:
+        """Rows with an advantage. The others have a gradient of exactly 0; they count in denominators only."""
+        return [row for row, advantage in enumerate(self.advantages.tolist()) if advantage]
+
+    @property
+    def taught_rows(self) -> list[int]:
+        """Active rows whose teacher has something to say."""
+        return [row for row in self.active_rows if self.teacher_prompts[row] is not None]
+
+    def tokens_of(self, rows: Sequence[int]) -> Tensor:
+        """Indices into the per-token tensors of all tokens of the given rows, in their order."""
+        spans = [torch.arange(self._starts[row], self._starts[row + 1]) for row in rows]
+        return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    def updates(self, order: Literal["length_sweep", "shuffle", "group"], size: int, seed: int) -> list[list[int]]:
+        """Deal the rows to updates of `size` rows.
+
+        `length_sweep` is the reference run's order: rows alike in length, short to long and back to short. There it
+        comes about by 8 GPUs sorting their shares up and down in turn; here by taking every other row of the sorted
+        list on the way up and the rest on the way down, on any number of ranks.
+        """
+        rows = list(range(len(self.rollouts)))
+        if order == "shuffle":
+            random.Random(f"{seed}/{self.step}").shuffle(rows)
+        elif order == "length_sweep":
+            rows.sort(key=lambda row: int(self.lengths[row]))
+            rows = rows[0::2] + rows[1::2][::-1]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def assemble(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    questions: Sequence[Question],
+    tokenizer: "PreTrainedTokenizerBase",
+    method: MethodConfig,
+) -> StepBatch:
+    """Advantages within each group, and for each row the sibling that its teacher is shown.
+
+    `questions[i]` is what group i was asked.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    members = [index for index, group in enumerate(groups) for _ in group.rollouts]
+    firsts = [0, *accumulate(len(group.rollouts) for group in groups)]
+    rewards = [rollout.reward for rollout in rollouts]
+    advantages = group_advantages(rewards, members, scale=method.advantage_scale)
+    teacher_prompts: list[list[int] | None] = [None] * len(rollouts)
+    demonstrations: list[int | None] = [None] * len(rollouts)
+    if method.name == "rlsd":
+        chosen = demonstration_choice(rewards, members, threshold=method.success_threshold)
+        encoded: dict[int, list[int] | None] = {}
+        for row, sibling in enumerate(chosen):
+            if sibling is None:
+                continue
+            if sibling not in encoded:
+                text = tokenizer.decode(rollouts[sibling].completion_ids, skip_special_tokens=True)
+                prompt = encode_prompt(tokenizer, teacher_messages(questions[members[row]].messages, str(text)))
+                encoded[sibling] = prompt if len(prompt) <= method.max_teacher_prompt_tokens else None
+            teacher_prompts[row] = encoded[sibling]
+            demonstrations[row] = sibling - firsts[members[row]]
+    return StepBatch(
+        step=step,
+        groups=list(groups),
+        rollouts=rollouts,
+        prompts=[group.prompt_ids for group in groups for _ in group.rollouts],
+        teacher_prompts=teacher_prompts,
+        demonstrations=demonstrations,
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+        rollout_logprobs=torch.tensor([lp for rollout in rollouts for lp in rollout.rollout_logprobs]),
+    )

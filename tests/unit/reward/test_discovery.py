@@ -1,0 +1,46 @@
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from retort.config import ConfigError
+from services.reward.discovery import GROUP, load_checkers
+
+ROOT = Path(__file__).parents[3]
+MCQ = "services.reward.checkers.mcq:MultipleChoice"
+
+
+def test_the_built_in_checkers_need_no_entry_points() -> None:
+    assert list(load_checkers([])) == ["exact_match", "mcq"]
+
+
+def test_a_built_in_checker_that_is_declared_as_well_is_the_same_one() -> None:
+    assert list(load_checkers([EntryPoint("mcq", MCQ, GROUP)])) == ["exact_match", "mcq"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mcq", "other.package:Mcq", "two checkers are named 'mcq': .*MultipleChoice and other.package:Mcq"),
+        ("mine", "no_such_module:Mine", r"checker 'mine' \(no_such_module:Mine\) does not load"),
+        ("mine", "services.reward.checkers.mcq:Nothing", "does not load: .*Nothing"),
+        ("mine", MCQ, "calls itself 'mcq'"),
+        ("mine", "builtins:dict", "needs name, version, description, options and check"),
+    ],
+)
+def test_what_cannot_serve_is_refused_by_name(name: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_checkers([EntryPoint(name, value, GROUP)])
+
+
+def test_the_service_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, services.reward.__main__ as m; m.load_checkers(()); "
+        "print({'torch', 'vllm', 'numpy', 'redis'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "set()\n")

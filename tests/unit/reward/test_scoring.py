@@ -1,0 +1,90 @@
+"""Whatever a checker does, its item gets a verdict."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from services.reward.checkers import Reward, Unscorable, Verdict
+from services.reward.scoring import MAX_ERROR_CHARACTERS, score
+
+
+@dataclass
+class Custom:
+    """A checker whose code is given."""
+
+    body: Callable[[str], Any]
+    name: str = "custom"
+    version: str = "3"
+    description: str = ""
+    options: Mapping[str, str] = field(default_factory=lambda: {"scale": "a number"})
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        return self.body(completion)
+
+
+def a_reward(**changes: Any) -> Reward:
+    values = {
+        "value": 0.5,
+        "correct": True,
+        "parsed": "x",
+        "format_ok": True,
+        "rule": "r",
+        "explanation": "e",
+    }
+    return Reward(**values | changes)
+
+
+def verdict_of(body: Callable[[str], Any], **options: str) -> Verdict:
+    checkers = {"custom": Custom(body)}
+    return score(checkers, name="custom", completion="text", answer="", options=options).verdict
+
+
+def unscorable_reason(body: Callable[[str], Any], **options: str) -> str:
+    verdict = verdict_of(body, **options)
+    assert isinstance(verdict, Unscorable)
+    return verdict.reason
+
+
+def test_the_result_names_the_checker_and_its_version() -> None:
+    scored = score({"custom": Custom(lambda _: a_reward())}, name="custom", completion="", answer="", options={})
+    assert (scored.verdict, scored.checker) == (a_reward(), "custom@3")
+    assert 0 <= scored.seconds < 1
+
+
+def test_an_unknown_checker_is_unscorable_and_the_known_ones_are_listed() -> None:
+    checkers = {"custom": Custom(a_reward), "other": Custom(a_reward)}
+    scored = score(checkers, name="mqc", completion="", answer="", options={})
+    assert scored.verdict == Unscorable(reason="no checker 'mqc'; known: custom, other")
+    assert scored.checker == ""
+
+
+def test_an_unknown_option_is_unscorable_and_a_known_one_is_not() -> None:
+    assert verdict_of(lambda _: a_reward(), scale="2") == a_reward()
+    assert unscorable_reason(lambda _: a_reward(), scael="2") == "custom has no option scael; known: scale"
+
+
+def test_an_exception_is_unscorable_and_described() -> None:
+    assert unscorable_reason(lambda _: 1 / 0) == "custom raised ZeroDivisionError: division by zero"
+
+
+def test_an_exception_that_cannot_be_sent_or_is_too_long_is_described_all_the_same() -> None:
+    def raise_(text: str) -> None:
+        raise ValueError(text)
+
+    assert unscorable_reason(lambda _: raise_("\ud800")) == "custom raised ValueError: \\ud800"
+    assert len(unscorable_reason(lambda _: raise_("x" * 10**6))) <= MAX_ERROR_CHARACTERS + len("custom raised ")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_reward_that_is_not_a_finite_number_is_unscorable(value: float) -> None:
+    assert "finite number" in unscorable_reason(lambda _: a_reward(value=value))
+
+
+def test_a_lone_surrogate_in_the_parsed_answer_is_unscorable() -> None:
+    assert "parsed" in unscorable_reason(lambda _: a_reward(parsed="\udfff"))
+
+
+def test_a_bare_number_is_no_verdict() -> None:
+    assert unscorable_reason(lambda _: 1.0) == "custom returned float, neither Reward nor Unscorable"

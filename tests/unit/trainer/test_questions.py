@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from retort.config import ConfigError
+from services.trainer.questions import Question, encode_prompt, load_questions, question_text
+
+TINY = Path(__file__).parents[3] / "models" / "tiny"
+GOOD = '{"messages": [{"role": "user", "content": "Q?"}], "answer": "B", "data_source": "toy"}'
+
+
+def a_file(directory: Path, *lines: str) -> Path:
+    path = directory / "quiz.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_questions(path)
+    return str(raised.value)
+
+
+def test_a_row_with_messages_is_taken_as_it_stands(tmp_path: Path) -> None:
+    assert load_questions(a_file(tmp_path, GOOD)) == [
+        Question(index=0, messages=[{"role": "user", "content": "Q?"}], answer="B", data_source="toy")
+    ]
+
+
+def test_prompt_and_system_become_two_messages_and_other_keys_are_ignored(tmp_path: Path) -> None:
+    row = '{"idx": 7, "system": "S", "prompt": "P\\n\\nA: 1", "answer": "C", "dataset": "sciknoweval", "elo": 1500}'
+    [question] = load_questions(a_file(tmp_path, row))
+    assert question.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "P\n\nA: 1"}]
+    assert question.data_source == "sciknoweval"
+    assert question_text(question) == "P\n\nA: 1"
+
+
+def test_without_a_data_source_the_file_names_it(tmp_path: Path) -> None:
+    [question] = load_questions(a_file(tmp_path, '{"prompt": "P", "answer": "A"}'))
+    assert question.data_source == "quiz"
+
+
+def test_the_index_counts_from_zero_in_file_order(tmp_path: Path) -> None:
+    questions = load_questions(a_file(tmp_path, GOOD, GOOD, GOOD))
+    assert [question.index for question in questions] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"prompt": P, "answer": "A"}', "JSON is malformed"),
+        ('{"prompt": "P", "answer": ', "Input data was truncated"),
+        ("", "Input data was truncated"),
+        ('["P", "A"]', "Expected `object`, got `array`"),
+        ('{"prompt": "P"}', "missing required field `answer`"),
+        ('{"prompt": "P", "answer": 2}', "Expected `str`, got `int` - at `$.answer`"),
+        ('{"prompt": "P", "answer": ""}', "`answer` is empty"),
+        ('{"answer": "A"}', "neither `messages` nor `prompt`"),
+        ('{"messages": [{"role": "user"}], "answer": "A"}', "keys ['role']"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "answer": "A"}', "is from 'assistant'"),
+    ],
+)
+def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str, complaint: str) -> None:
+    path = a_file(tmp_path, GOOD, line, GOOD)
+    message = error_of(path)
+    assert message.startswith(f"{path}, line 2: ")
+    assert complaint in message
+
+
+def test_a_missing_file_and_an_empty_file_are_configuration_errors(tmp_path: Path) -> None:
+    assert error_of(tmp_path / "none.jsonl").endswith("cannot read the data file: No such file or directory.")
+    assert "the data file is empty" in error_of(a_file(tmp_path))
+
+
+def test_a_prompt_ends_with_the_assistant_header_and_an_empty_think_block() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = encode_prompt(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}])
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
