@@ -10,16 +10,22 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import Backend as ProcessGroup
-from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store
+from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
 from retort.rollouts import Message
 
 # Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
 _LANE_WEIGHT = 0x9E3779B97F4A7C15 - 2**64
+
+
+class ProcessGroup(Protocol):
+    """What is used of torch's process group backends, whose stubs leave it out."""
+
+    def broadcast(self, tensors: list[Tensor], options: BroadcastOptions) -> Work: ...
 
 
 class TensorSpec(Message, frozen=True, kw_only=True):
@@ -157,12 +163,12 @@ def open_process_group(
     timeout = timedelta(seconds=timeout_s)
     prefixed = PrefixStore(f"retort/{transfer}", store)
     if backend == "gloo":
-        return ProcessGroupGloo(prefixed, rank, world_size, timeout)
+        return cast(ProcessGroup, ProcessGroupGloo(prefixed, rank, world_size, timeout))
     from torch.distributed.distributed_c10d import ProcessGroupNCCL  # only in CUDA builds
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return ProcessGroupNCCL(prefixed, rank, world_size, options)
+    return cast(ProcessGroup, ProcessGroupNCCL(prefixed, rank, world_size, options))
 
 
 def send(group: ProcessGroup, snapshot: Snapshot, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-OWN_FILE = Path(__file__).with_name("vectors.json")
+_OWN_FILE = Path(__file__).with_name("vectors.json")
 _SHARED_FILE = Path(__file__).parents[2] / "shared" / "spec" / "vectors.json"
 _NUMBERS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _TEXT_SECTIONS = {"mcq_grading", "teacher_user_turn"}
@@ -22,17 +22,17 @@ def path() -> Path:
     """The file in use."""
     if chosen := os.environ.get("RETORT_VECTORS"):
         return Path(chosen)
-    return _SHARED_FILE if _SHARED_FILE.exists() else OWN_FILE
+    return _SHARED_FILE if _SHARED_FILE.exists() else _OWN_FILE
 
 
-def sections(file: Path | None = None) -> set[str]:
+def sections() -> set[str]:
     """Names of the sections that hold cases."""
-    return set(_read(file or path())) - {"meta"}
+    return set(_read(path())) - {"meta"}
 
 
-def cases(section: str, file: Path | None = None) -> list[dict[str, Any]]:
+def cases(section: str) -> list[dict[str, Any]]:
     """The cases of a section, in order; none if the file lacks it. NaN and infinities are numbers again."""
-    found = _read(file or path()).get(section, [])
+    found = _read(path()).get(section, [])
     return found if section in _TEXT_SECTIONS else _numbers(found)
 
 

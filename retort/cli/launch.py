@@ -140,9 +140,8 @@ class LocalRun:
         from retort.cli.report import build_report
 
         directory = self._config.directory
-        report = build_report(directory)
         self._screen.say(f"done: {self._config.trainer.steps} steps in {self._elapsed()}")
-        self._screen.say(f"  open the report      {report}")
+        self._screen.say(f"  open the report      {build_report(directory)}")
         self._screen.say(f"  talk to the model    retort chat {directory}")
         self._screen.say("  use 8 GPUs           docker compose up (deploy/README.md)")
 
@@ -223,7 +222,7 @@ class LocalRun:
                 "name": name,
                 "pid": child.process.pid if child.process else None,
                 "addresses": dict(child.program.addresses),
-                "restarts": len(child.deaths),
+                "restarts": child.restarts,
                 "state": child.state,
             }
             for name, child in self._supervisor.children.items()

@@ -127,4 +127,4 @@ def _figures(line: Metrics, view: View) -> list[tuple[str, str]]:
 
 
 def _service(name: str, state: str, restarts: int) -> str:
-    return f"{name} {state}" + (f" ({restarts} restarts)" if restarts else "")
+    return f"{name} {state}" + (f" (restarts: {restarts})" if restarts else "")

@@ -25,6 +25,8 @@ from retort.telemetry import LAUNCHER_PID, die_with_parent
 _PR_SET_CHILD_SUBREAPER = 36
 _ORPHAN_GRACE_S = 2.0
 """Helpers such as multiprocessing's resource tracker clean up after their parent's death and end by themselves."""
+_KILL_DEADLINE_S = 10.0
+"""A process that SIGKILL does not end within this time hangs in the kernel; the error then names its command."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     deaths: list[float] = field(default_factory=list)
     start_at: float | None = None
-    """When to start it again (monotonic), while that is due."""
+    """When to start it (monotonic), while that is due."""
+    starts: int = 0
+
+    @property
+    def restarts(self) -> int:
+        return max(self.starts - 1, 0)
 
     @property
     def state(self) -> str:
@@ -123,6 +130,7 @@ class Supervisor:
                     return ending
             elif child.start_at is not None and now >= child.start_at and child.program.may_start():
                 child.process, child.start_at = _spawn(child.program), None
+                child.starts += 1
         self._reap_adopted()
         return None
 
@@ -139,7 +147,7 @@ class Supervisor:
             _send(process, signal.SIGKILL)
         for child in children:
             if child.process:
-                child.process.wait()
+                child.process.wait(timeout=_KILL_DEADLINE_S)
         _end([*below, *self._orphans()])
 
     def _after_death(self, child: Child, code: int, now: float) -> Ending | None:

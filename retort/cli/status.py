@@ -94,7 +94,7 @@ def status_lines(directory: Path, status: Mapping[str, Any], replicas: list[dict
         lines.append(f"waiting   trainer waits for {status['waiting_for']} ({now - status['since']:.0f} s)")
     for process in status["processes"]:
         addresses = " ".join(f"{key}={value}" for key, value in process["addresses"].items())
-        restarts = f", {process['restarts']} restarts" if process["restarts"] else ""
+        restarts = f", restarts: {process['restarts']}" if process["restarts"] else ""
         lines.append(
             f"process   {process['name']}: {process['state']}, pid {process['pid']}{restarts} {addresses}".rstrip()
         )

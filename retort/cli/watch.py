@@ -73,7 +73,7 @@ class RunWatch:
             samples=samples,
             accuracy=self.metrics.accuracy(samples),
             seconds_left=self.metrics.seconds_left(steps),
-            services=[(name, child.state, len(child.deaths)) for name, child in children.items()],
+            services=[(name, child.state, child.restarts) for name, child in children.items()],
         )
 
 

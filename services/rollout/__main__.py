@@ -123,7 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         raise ConfigError(
-            f"rollout.host = {host!r}, rollout.port = {port}: {error.strerror}. Choose another port, or 0 for a free one."
+            f"rollout.host = {host!r}, rollout.port = {port}: {error.strerror}. Choose another, or 0."
         ) from None
     return listening
 
@@ -134,8 +134,7 @@ def _decoder(model: str) -> Decoder:
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def decode(ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     return decode
 

@@ -4,10 +4,12 @@ vLLM loads `register` in every process it starts (entry point group `vllm.genera
 """
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -75,8 +77,9 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
             timeout_s=deadline_s,
         )
         manifest = WeightManifest.from_bytes(update_info.manifest)
+        load_weights = cast(Callable[[Iterable[tuple[str, Tensor]]], object], self.model.load_weights)
         for tensors, digest in receive(group, manifest, self.device, deadline_s):
-            self.model.load_weights(iter(tensors))
+            load_weights(iter(tensors))
             self.digests.append(digest)
 
     def finish_weight_update(self) -> None:

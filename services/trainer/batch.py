@@ -12,7 +12,7 @@ from torch import Tensor
 from retort.config import MethodConfig
 from retort.rollouts import Rollout, RolloutGroup
 from services.trainer.advantage import demonstration_choice, group_advantages
-from services.trainer.questions import Question, encode_prompt
+from services.trainer.questions import Question, decode, encode_prompt
 from services.trainer.teacher_prompt import teacher_messages
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ class StepBatch:
     """[N] filled in by the training step, as are the old logprobs; meaningless in rows that are not active."""
     old_logprobs: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
+    token_weights: Tensor = field(init=False)
+    """[N] factor on the advantage; filled by the updates, on the rank that computed the token, 0 elsewhere."""
 
     def __post_init__(self) -> None:
         lengths = [len(rollout.completion_ids) for rollout in self.rollouts]
         self.lengths = torch.tensor(lengths)
         self._starts = [0, *accumulate(lengths)]
+        self.has_demonstration = torch.tensor([prompt is not None for prompt in self.teacher_prompts])
+        self.token_weights = torch.zeros(sum(lengths))
 
     @property
     def completions(self) -> list[list[int]]:
@@ -69,6 +73,15 @@ class StepBatch:
         """Indices into the per-token tensors of all tokens of the given rows, in their order."""
         spans = [torch.arange(self._starts[row], self._starts[row + 1]) for row in rows]
         return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long)
+
+    def row_of_tokens(self, rows: Sequence[int]) -> Tensor:
+        """The row of each of those tokens."""
+        indices = torch.tensor(rows, dtype=torch.long)
+        return indices.repeat_interleave(self.lengths[indices])
+
+    def split(self, per_token: Tensor) -> list[list[float]]:
+        """Per-token values [N] as one list per row."""
+        return [part.tolist() for part in torch.split(per_token, self.lengths.tolist())]
 
     def updates(self, order: Literal["length_sweep", "shuffle", "group"], size: int, seed: int) -> list[list[int]]:
         """Deal the rows to updates of `size` rows.
@@ -111,8 +124,8 @@ def assemble(
             if sibling is None:
                 continue
             if sibling not in encoded:
-                text = tokenizer.decode(rollouts[sibling].completion_ids, skip_special_tokens=True)
-                prompt = encode_prompt(tokenizer, teacher_messages(questions[members[row]].messages, str(text)))
+                text = decode(tokenizer, rollouts[sibling].completion_ids)
+                prompt = encode_prompt(tokenizer, teacher_messages(questions[members[row]].messages, text))
                 encoded[sibling] = prompt if len(prompt) <= method.max_teacher_prompt_tokens else None
             teacher_prompts[row] = encoded[sibling]
             demonstrations[row] = sibling - firsts[members[row]]

@@ -66,7 +66,7 @@ class Policy:
     def micro_batches(
         self, batch: StepBatch, rows: Sequence[int], prompts: Sequence[Sequence[int] | None]
     ) -> Iterator[MicroBatch]:
-        """This rank's share of the rows, packed. Every rank gets the same number of micro-batches, some without rows."""
+        """This rank's share of the rows, packed. Every rank gets equally many micro-batches, some without rows."""
         completions = batch.completions
         lengths = [len(prompts[row] or ()) + len(completions[row]) for row in rows]
         share = plan(lengths, ranks=self.ranks, token_budget=self._token_budget)[self.rank]
@@ -137,7 +137,9 @@ def load_language_model(config: ModelConfig) -> PreTrainedModel:
 
 def _shard(model: PolicyModel, mesh: DeviceMesh, dtype: torch.dtype) -> PolicyModel:
     narrow = dtype != torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
+    precision = (
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
+    )
     for block in model.language_model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     # The root would keep its gathered weights after a forward pass without a backward, and the next pass would then run

@@ -43,7 +43,9 @@ class PolicyModel(nn.Module):
         at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
         scored = [
             checkpoint(_score, hidden[positions], head, targets, temperature, use_reentrant=False)
-            for positions, targets in zip(torch.split(batch.predicting, at_once), torch.split(batch.targets, at_once), strict=True)
+            for positions, targets in zip(
+                torch.split(batch.predicting, at_once), torch.split(batch.targets, at_once), strict=True
+            )
         ]
         return TokenScores(torch.cat([lp for lp, _ in scored]), torch.cat([entropy for _, entropy in scored]))
 

@@ -1,5 +1,6 @@
 """The questions of a data file, and the prompts that they make."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,11 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str,
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """What was written, special tokens left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _question(line: bytes, index: int, *, default_source: str) -> Question:

@@ -45,7 +45,7 @@ def update_sizes(*, groups_per_step: int, groups_per_update: int, group_size: in
 
 
 @torch.no_grad()
-def update_teacher(*, teacher: Iterable[Tensor], policy: Iterable[Tensor], rate: float, finite_updates: int) -> None:
+def update_teacher(teacher: Iterable[Tensor], policy: Iterable[Tensor], *, rate: float, finite_updates: int) -> None:
     """teacher += rate * (policy - teacher), in place, once per training step after its last update.
 
     `finite_updates` counts the step's updates whose gradient was finite; if there was none, the teacher stays.

@@ -119,6 +119,8 @@ def test_what_dies_is_restarted_and_the_run_goes_on(start, victim: str) -> None:
     killed = run.pid(victim)
     os.kill(killed, signal.SIGKILL)
     run.wait_until(lambda: run.pid(victim) not in (None, killed))
+    restarts = {process["name"]: process["restarts"] for process in run.status()["processes"]}
+    assert restarts == {"redis": 0, "reward": 0, "rollout-0": 0, "trainer": 0} | {victim: 1}
     code, output = run.finish()
     assert code == 0, output
     assert f"{victim} was killed by SIGKILL; starting it again in 0.5 s (restart 1" in output

@@ -52,7 +52,7 @@ def test_a_terminal_shows_the_panel_and_a_pipe_only_lines() -> None:
             screen.show(VIEW)
             assert screen.live is is_terminal
     assert "trainer waits for groups from rollout-0 (2 s)" in terminal.getvalue()
-    assert "rollout-0 running (1 restarts)" in terminal.getvalue()
+    assert "rollout-0 running (restarts: 1)" in terminal.getvalue()
     assert pipe.getvalue() == "trainer ready\n"
 
 

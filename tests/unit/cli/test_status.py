@@ -28,7 +28,7 @@ def test_a_running_run_says_who_waits_for_whom() -> None:
         "phase     wait_groups",
         "step      12 of 40, policy version 11",
         "waiting   trainer waits for 3 groups from rollout-0 (5 s)",
-        "process   rollout-0: running, pid 7, 1 restarts http=127.0.0.1:80",
+        "process   rollout-0: running, pid 7, restarts: 1 http=127.0.0.1:80",
         "replica   rollout-0: serving, policy version 11",
     ]
 

@@ -28,43 +28,43 @@ def test_the_reference_run_makes_32_updates_of_64_sequences_on_any_number_of_ran
 
 def test_the_teacher_moves_by_its_rate_towards_the_policy_in_place() -> None:
     teacher = torch.tensor([1.0, 0.0])
-    update_teacher(teacher=[teacher], policy=[torch.tensor([3.0, -4.0])], rate=0.25, finite_updates=1)
+    update_teacher([teacher], [torch.tensor([3.0, -4.0])], rate=0.25, finite_updates=1)
     assert teacher.tolist() == [1.5, -1.0]
 
 
 def test_a_step_without_a_finite_update_leaves_the_teacher() -> None:
     teacher = torch.tensor([1.0])
-    update_teacher(teacher=[teacher], policy=[torch.tensor([float("nan")])], rate=0.25, finite_updates=0)
+    update_teacher([teacher], [torch.tensor([float("nan")])], rate=0.25, finite_updates=0)
     assert teacher.tolist() == [1.0]
 
 
 def test_a_teacher_equal_to_the_policy_stays_so_bit_for_bit() -> None:
     policy = torch.linspace(-3, 3, 1001)
     teacher = policy.clone()
-    update_teacher(teacher=[teacher], policy=[policy], rate=0.05, finite_updates=32)
+    update_teacher([teacher], [policy], rate=0.05, finite_updates=32)
     assert torch.equal(teacher, policy)
 
 
 def test_changes_of_a_low_learning_rate_accumulate_in_float32() -> None:
     teacher, policy = torch.tensor([0.02]), torch.tensor([0.020001])
     for _ in range(40):
-        update_teacher(teacher=[teacher], policy=[policy], rate=0.05, finite_updates=1)
+        update_teacher([teacher], [policy], rate=0.05, finite_updates=1)
     # 1 - 0.95^40 = 0.8715 of the way of 1e-6.
     assert (teacher.item() - 0.02) / 1e-6 == pytest.approx(0.8715, abs=0.05)
 
 
 def test_a_bfloat16_policy_is_averaged_in_the_teachers_own_type() -> None:
     teacher = torch.tensor([0.0])
-    update_teacher(teacher=[teacher], policy=[torch.tensor([1.0], dtype=torch.bfloat16)], rate=0.05, finite_updates=1)
+    update_teacher([teacher], [torch.tensor([1.0], dtype=torch.bfloat16)], rate=0.05, finite_updates=1)
     assert teacher.item() == pytest.approx(0.05, rel=1e-6)
 
 
 def test_a_bfloat16_teacher_is_refused() -> None:
     teacher = torch.tensor([0.0], dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"use torch\.float32"):
-        update_teacher(teacher=[teacher], policy=[torch.tensor([1.0])], rate=0.05, finite_updates=1)
+        update_teacher([teacher], [torch.tensor([1.0])], rate=0.05, finite_updates=1)
 
 
 def test_a_missing_tensor_is_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        update_teacher(teacher=[torch.zeros(1), torch.zeros(1)], policy=[torch.zeros(1)], rate=0.05, finite_updates=1)
+        update_teacher([torch.zeros(1), torch.zeros(1)], [torch.zeros(1)], rate=0.05, finite_updates=1)

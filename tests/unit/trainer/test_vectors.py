@@ -150,7 +150,7 @@ def test_ema(case: Case) -> None:
             given["students"], updated, case["expected"]["teacher_after_each_step"], strict=True
         ):
             policy = torch.tensor(student, dtype=dtype)
-            update_teacher(teacher=[teacher], policy=[policy], rate=given["rate"], finite_updates=int(finite))
+            update_teacher([teacher], [policy], rate=given["rate"], finite_updates=int(finite))
             assert_same(teacher, expected, tolerance)
 
 

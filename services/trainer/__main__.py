@@ -1,0 +1,170 @@
+"""`torchrun -m services.trainer --config FILE`: one rank of the trainer. It goes on from the newest checkpoint."""
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoTokenizer
+
+from retort.config import ConfigError, RunConfig, load_config
+from retort.queues import Fenced, RunView, TrainerQueue, connect, request_stop
+from retort.rollouts import RolloutGroup
+from retort.telemetry import die_with_parent, log_event, start_logging
+from services.trainer.admission import StalledError, WorkList
+from services.trainer.batch import StepBatch, assemble
+from services.trainer.checkpoint import Checkpoints
+from services.trainer.export import export_hugging_face
+from services.trainer.guards import DivergedError
+from services.trainer.journal import Journal, RunJournal
+from services.trainer.policy import Policy, load_language_model
+from services.trainer.publish import WeightPublisher
+from services.trainer.questions import Question, decode, encode_prompt, load_questions
+from services.trainer.steps import Rank0Steps, Steps
+from services.trainer.teacher import Teacher
+from services.trainer.train import train
+from services.trainer.weight_sender import WeightSender
+
+STOPPED = 130
+EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, DivergedError: 5}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="torchrun -m services.trainer", description=__doc__)
+    parser.add_argument("--config", required=True, help="the run file")
+    args = parser.parse_args()
+    start_logging("trainer")
+    die_with_parent()
+    try:
+        return run(load_config(args.config))
+    except ConfigError as error:
+        log_event("bad_configuration", logging.ERROR, message=error)
+        return error.exit_code
+    except (Fenced, StalledError, DivergedError) as error:
+        log_event("ended", logging.ERROR, message=error)
+        return EXIT_CODES[type(error)]
+
+
+def run(config: RunConfig) -> int:
+    """Wire this rank together and train."""
+    with _ranks(config) as is_first:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        questions, validation = load_questions(config.data.train), load_questions(config.data.validation)
+        work = WorkList(config, questions, validation, lambda question: encode_prompt(tokenizer, question.messages))
+        _check_fit(config, work)
+
+        on_gpu = torch.cuda.is_available()
+        mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
+        policy = Policy(
+            load_language_model(config.model),
+            config.trainer,
+            mesh,
+            dtype=getattr(torch, config.model.dtype),
+            temperature=config.sampling.temperature,
+        )
+        teacher = Teacher(policy)
+        checkpoints = Checkpoints(config.directory / "checkpoints", config.checkpoint.keep_last)
+        if checkpoints.load(policy, teacher):
+            log_event("resumed", version=policy.version)
+
+        def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
+            return assemble(step, groups, [work.question(group) for group in groups], tokenizer, config.method)
+
+        journal, steps, sender = Journal(), Steps(assemble_step), None
+        if is_first:
+            epoch, queue = _take_over(config)
+            sender = WeightSender(queue, config.weight_sync, epoch=epoch, backend="nccl" if on_gpu else "gloo")
+            journal = RunJournal(
+                config,
+                version=policy.version,
+                question_of=work.question,
+                decode=partial(decode, tokenizer),
+                set_progress=queue.set_progress,
+            )
+            steps = Rank0Steps(assemble_step, config, work=work, queue=queue, sender=sender, journal=journal)
+        weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
+        finished = train(config, policy, teacher, steps, weights, checkpoints, journal)
+        export_hugging_face(policy, config, tokenizer)
+        journal.show("done" if finished else "stopped")
+        return 0 if finished else STOPPED
+
+
+@contextmanager
+def _ranks(config: RunConfig) -> Iterator[bool]:
+    """The trainer ranks as one process group, gloo for what lies on the CPU and NCCL for what lies on a GPU."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.use_deterministic_algorithms(config.trainer.deterministic)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The other ranks wait in a collective while rank 0 waits for groups, and rank 0 has the shorter deadline.
+    patience = timedelta(seconds=config.timeouts.stall_s + config.timeouts.startup_s + 60)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _take_over(config: RunConfig) -> tuple[int, TrainerQueue]:
+    """Become the run's only trainer. Every earlier one is fenced out from here on."""
+    redis = connect(config.redis.url or os.environ.get("REDIS_URL", ""))
+    epoch = _next_epoch(config.directory / "epoch", RunView(redis, config.key_prefix).highest_epoch())
+    queue = TrainerQueue(redis, config.key_prefix, epoch)
+    queue.open()
+    queue.withdraw("validation")
+
+    def stop(number: int, _: object) -> None:
+        request_stop(redis, config.key_prefix, signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
+    log_event("took_over", epoch=epoch)
+    return epoch, queue
+
+
+def _next_epoch(path: Path, highest_in_redis: int) -> int:
+    """One more than any epoch before, also when Redis has forgotten its last seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        epoch = max(int(file.read() or 0), highest_in_redis) + 1
+        file.seek(0)
+        file.truncate()
+        file.write(str(epoch))
+        file.flush()
+        os.fsync(file.fileno())
+    return epoch
+
+
+def _check_fit(config: RunConfig, work: WorkList) -> None:
+    """Raise ConfigError before anything is started that cannot end well."""
+    if len(work.train) < config.trainer.groups_per_step:
+        raise ConfigError(
+            f"{config.data.train} has {len(work.train)} questions, fewer than "
+            f"trainer.groups_per_step = {config.trainer.groups_per_step}"
+        )
+    limit = min(config.data.max_prompt_tokens, config.model.max_length - config.sampling.max_completion_tokens)
+    for name, questions in (("train", work.train), ("validation", work.validation)):
+        longest = max(questions, key=lambda question: _length(work, question))
+        if _length(work, longest) > limit:
+            raise ConfigError(
+                f"data.{name}, line {longest.index + 1}: the prompt has {_length(work, longest)} tokens, and "
+                f"data.max_prompt_tokens and model.max_length leave room for {limit}"
+            )
+
+
+def _length(work: WorkList, question: Question) -> int:
+    return len(work.encode(question))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""Which question belongs to which step, and the wait for its finished groups. Rank 0 only."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from retort.config import RunConfig
+from retort.queues import Kind, TrainerQueue
+from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem, sample_seed
+from services.trainer.questions import Question
+
+POLL_S = 0.25
+ISSUE_AGAIN_S = 15.0
+
+
+class StalledError(Exception):
+    """Nothing came for too long, or cannot come any more. Its text says who is missing. Exit code 4."""
+
+
+def data_indices(step: int, *, num_questions: int, groups_per_step: int, seed: int) -> tuple[int, list[int]]:
+    """Epoch and questions of a step: a new permutation each epoch, its last partial batch dropped.
+
+    A function of the step alone, so that a resumed run needs no cursor.
+    """
+    steps_per_epoch = num_questions // groups_per_step
+    epoch, position = divmod(step - 1, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_questions)
+    return epoch, order[position * groups_per_step : (position + 1) * groups_per_step].tolist()
+
+
+@dataclass
+class WorkList:
+    """Turns questions into work items. Group ids are a function of epoch and question, so issuing twice is harmless."""
+
+    config: RunConfig
+    train: Sequence[Question]
+    validation: Sequence[Question]
+    encode: Callable[[Question], list[int]]
+
+    def of_step(self, step: int) -> list[WorkItem]:
+        """The groups of a training step, in slot order."""
+        config = self.config
+        epoch, indices = data_indices(
+            step,
+            num_questions=len(self.train),
+            groups_per_step=config.trainer.groups_per_step,
+            seed=config.seed,
+        )
+        sampling = SamplingParameters(
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
+            max_completion_tokens=config.sampling.max_completion_tokens,
+        )
+        return [
+            self._item(
+                f"{epoch}-{index:06d}",
+                "train",
+                step,
+                max(0, step - 1 - config.trainer.max_staleness),
+                self.train[index],
+                sampling,
+                config.trainer.group_size,
+            )
+            for index in indices
+        ]
+
+    def of_validation(self, version: int) -> list[WorkItem]:
+        """The validation questions, to be sampled by one policy version."""
+        settings = self.config.validation
+        sampling = SamplingParameters(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_completion_tokens=self.config.sampling.max_completion_tokens,
+        )
+        return [
+            self._item(f"v{version}-{q.index:06d}", "validation", version, version, q, sampling, settings.samples)
+            for q in self.validation[: settings.max_questions or None]
+        ]
+
+    def question(self, group: RolloutGroup) -> Question:
+        """What the group was asked."""
+        questions = self.train if group.kind == "train" else self.validation
+        return questions[int(group.group_id.rpartition("-")[2])]
+
+    def _item(
+        self,
+        group_id: str,
+        kind: Kind,
+        step: int,
+        min_policy_version: int,
+        question: Question,
+        sampling: SamplingParameters,
+        group_size: int,
+    ) -> WorkItem:
+        # Every validation draws with the same seeds: before and after differ by the weights alone.
+        seeded_by = group_id if kind == "train" else f"validation-{question.index}"
+        return WorkItem(
+            group_id=group_id,
+            kind=kind,
+            step=step,
+            min_policy_version=min_policy_version,
+            prompt_ids=self.encode(question),
+            group_size=group_size,
+            seeds=[sample_seed(self.config.seed, seeded_by, sample) for sample in range(group_size)],
+            sampling=sampling,
+            checker=self.config.data.checker,
+            answer=question.answer,
+        )
+
+
+@dataclass
+class GroupReader:
+    """Collects finished groups of one kind from the stream, however they arrive."""
+
+    queue: TrainerQueue
+    kind: Kind
+    idle: Callable[[], None]
+    """Called while waiting: keeps replicas current."""
+    stall_s: float
+    _cursor: str = "0"
+    _groups: dict[str, RolloutGroup] = field(default_factory=dict)
+    _entries: dict[str, list[str]] = field(default_factory=dict)
+
+    def collect(self, items: Sequence[WorkItem]) -> list[RolloutGroup]:
+        """Wait for all of the items' groups; in the items' order, whatever order they arrived in.
+
+        Raises StalledError, naming what is missing, when none arrives for `stall_s` or one has been given up.
+        """
+        awaited = {item.group_id: item for item in items}
+        deadline = time.monotonic() + self.stall_s
+        issue_again = time.monotonic() + ISSUE_AGAIN_S
+        while missing := [item for group_id, item in awaited.items() if group_id not in self._groups]:
+            arrived = self.queue.read_groups(self.kind, self._cursor, POLL_S, len(missing))
+            for entry_id, group in arrived:
+                self._cursor = entry_id
+                self._groups[group.group_id] = group
+                self._entries.setdefault(group.group_id, []).append(entry_id)
+            now = time.monotonic()
+            if arrived:
+                deadline = now + self.stall_s
+                continue
+            self.idle()
+            self._give_up_on_dead(missing)
+            if now > issue_again:
+                # What Redis forgot, or what arrived damaged, is asked for again; the rest is left alone.
+                self.queue.issue(missing)
+                issue_again = now + ISSUE_AGAIN_S
+            if now > deadline:
+                raise StalledError(self._stalled(missing))
+        return [self._groups[item.group_id] for item in items]
+
+    def release(self, is_done: Callable[[RolloutGroup], bool]) -> None:
+        """Let the groups leave Redis that a durable checkpoint has made unnecessary."""
+        done = [group_id for group_id, group in self._groups.items() if is_done(group)]
+        self.queue.commit(self.kind, [(entry, group_id) for group_id in done for entry in self._entries[group_id]])
+        for group_id in done:
+            del self._groups[group_id], self._entries[group_id]
+
+    def _give_up_on_dead(self, missing: Sequence[WorkItem]) -> None:
+        ids = {item.group_id for item in missing}
+        for work in self.queue.dead():
+            if work.group_id in ids:
+                raise StalledError(
+                    f"group {work.group_id} was given up: {work.reason}. Its work is in the dead-letter stream."
+                )
+
+    def _stalled(self, missing: Sequence[WorkItem]) -> str:
+        members = self.queue.members().values()
+        replicas = ", ".join(f"{m.name} {m.state}, heard of {time.time() - m.updated:.0f} s ago" for m in members)
+        flight = self.queue.in_flight(self.kind)
+        return (
+            f"trainer waits for {len(missing)} {self.kind} groups (first {missing[0].group_id}) and none came for "
+            f"{self.stall_s:.0f} s; {flight.waiting} wait for a replica, {flight.leased} are being sampled; "
+            f"replicas: {replicas or 'none'}"
+        )

@@ -1,0 +1,191 @@
+"""What a run leaves behind: metrics.jsonl, the groups it was trained on, and what it is doing right now."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from retort.config import RunConfig
+from retort.rollouts import RolloutGroup
+from services.trainer.batch import StepBatch
+from services.trainer.metrics import step_metrics, validation_metrics_of
+from services.trainer.questions import Question, question_text
+from services.trainer.ranks import gather_all
+from services.trainer.update import Update
+from services.trainer.weight_sender import SyncReport
+
+Decode = Callable[[Sequence[int]], str]
+PHASES = {
+    "wait_replica": "waiting for a rollout replica",
+    "wait_groups": "waiting for rollouts",
+    "validation": "validating",
+    "old_logprobs": "training",
+    "teacher": "training",
+    "update": "training",
+    "weight_sync": "syncing weights",
+    "checkpoint": "saving",
+}
+
+
+class Journal:
+    """Times the parts of a step. On ranks other than 0 that is all: the rest is rank 0's, a `RunJournal`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, name: str, *, waiting_for: str = "", step: int | None = None) -> Iterator[None]:
+        """Add the block's time to `timing_s/<name>`, and show it as what the trainer is doing."""
+        self.show(PHASES[name], waiting_for, step)
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
+        """Say what the trainer is doing."""
+
+    def beat(self) -> None:
+        """Say that it is still doing it."""
+
+    def record_untrained(self) -> None:
+        """The line of step 0."""
+
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+        """The line of a step, and its groups. A collective: the token weights lie on the rank that computed them."""
+        batch.token_weights = gather_all(batch.token_weights).sum(0)
+
+    def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
+        """The groups of a validation; their metrics go into the line of that step."""
+
+
+class RunJournal(Journal):
+    """Writes the files of a run and its progress in Redis."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        version: int,
+        question_of: Callable[[RolloutGroup], Question],
+        decode: Decode,
+        set_progress: Callable[..., None],
+    ) -> None:
+        """Cuts metrics.jsonl back to `version`, from which the run goes on."""
+        super().__init__()
+        self._config = config
+        self._directory = config.directory
+        self._version = version
+        self._question_of = question_of
+        self._decode = decode
+        self._set_progress = set_progress
+        self._step_started = time.perf_counter()
+        self._validation: dict[str, float] = {}
+        _cut_back(self._directory / "metrics.jsonl", version)
+
+    def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
+        now = time.time()
+        fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
+        place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
+        self._set_progress(**fields, **place)
+
+    def beat(self) -> None:
+        self._set_progress(updated=time.time())
+
+    def record_untrained(self) -> None:
+        self._append(0, {})
+
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+        super().record(batch, updates, report)
+        self._version = batch.step
+        longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
+        metrics = step_metrics(batch, updates, longest, max_ratio)
+        metrics["weight_sync/replicas"] = report.replicas
+        metrics["weight_sync/probe_gap"] = report.probe_gap
+        weights: list[list[float] | None] = [
+            weights if row_has and advantage else None
+            for weights, row_has, advantage in zip(
+                batch.split(batch.token_weights),
+                batch.has_demonstration.tolist(),
+                batch.advantages.tolist(),
+                strict=True,
+            )
+        ]
+        rows = iter(zip(batch.advantages.tolist(), batch.demonstrations, weights, strict=True))
+        lines = [
+            self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups
+        ]
+        _write_lines(self._directory / "rollouts" / f"step-{batch.step:06d}.jsonl", lines)
+        self._append(batch.step, metrics)
+
+    def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
+        self._validation = validation_metrics_of(groups)
+        lines = [self._line(group, question, [(None, None, None)] * len(group.rollouts)) for group, question in groups]
+        _write_lines(self._directory / "validation" / f"step-{version:06d}.jsonl", lines)
+
+    def _append(self, step: int, metrics: Mapping[str, float]) -> None:
+        elapsed = time.perf_counter() - self._step_started
+        tokens = metrics.get("perf/total_num_tokens", 0.0)
+        line = {
+            "step": step,
+            "time": time.time(),
+            "policy_version": step,
+            **metrics,
+            **self._validation,
+            **{f"timing_s/{name}": seconds for name, seconds in self._seconds.items()},
+            "timing_s/step": elapsed,
+            **({"perf/throughput": tokens / elapsed} if tokens else {}),
+        }
+        with (self._directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
+
+    def _line(self, group: RolloutGroup, question: Question, taught: Sequence[tuple[Any, Any, Any]]) -> dict[str, Any]:
+        rollouts = [
+            {
+                **msgspec.to_builtins(rollout),
+                "text": self._decode(rollout.completion_ids),
+                "advantage": advantage,
+                "demonstration": demonstration,
+                "token_weights": weights,
+            }
+            for rollout, (advantage, demonstration, weights) in zip(group.rollouts, taught, strict=True)
+        ]
+        return {
+            "group_id": group.group_id,
+            "step": group.step,
+            "data_index": question.index,
+            "data_source": question.data_source,
+            "question": question_text(question),
+            "answer": question.answer,
+            "sampled_by": group.sampled_by,
+            "generate_seconds": group.generate_seconds,
+            "score_seconds": group.score_seconds,
+            "prompt_ids": group.prompt_ids,
+            "rollouts": rollouts,
+        }
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """A whole file or none: a step that is trained again after a crash replaces its file, so no group appears twice."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    unfinished.replace(path)
+
+
+def _cut_back(path: Path, version: int) -> None:
+    """Drop the lines of steps that will be trained again; all of them when training starts from the beginning."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if version and json.loads(line)["step"] <= version]
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(f"{line}\n" for line in kept))
+    unfinished.replace(path)

@@ -1,0 +1,39 @@
+"""From the sharded policy to what replicas serve: gather, snapshot, probe, send."""
+
+from collections.abc import Sequence
+
+from retort.config import RunConfig
+from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
+from services.trainer.policy import Policy
+from services.trainer.weight_sender import Probe, SyncReport, WeightSender
+
+
+class WeightPublisher:
+    """Publishes policy versions. `publish` is a collective; rank 0 alone has a sender."""
+
+    def __init__(
+        self, sender: WeightSender | None, config: RunConfig, policy: Policy, *, probe_ids: Sequence[int]
+    ) -> None:
+        self._sender = sender
+        specs = [TensorSpec(name=name, shape=shape, dtype=config.model.dtype) for name, shape in policy.specs]
+        self._manifest = WeightManifest.of(specs, int(config.weight_sync.bucket_mib * 2**20))
+        self._probe_ids = list(probe_ids)
+
+    @property
+    def report(self) -> SyncReport:
+        """What the last version's sync took so far."""
+        return self._sender.report if self._sender else SyncReport()
+
+    def publish(self, policy: Policy) -> None:
+        """Make the policy the version to serve, and bring every replica that is there to it.
+
+        The snapshot is complete before anything is sent: no collective of the trainer waits for a replica.
+        """
+        probe = Probe(self._probe_ids, policy.score_prompt(self._probe_ids))
+        tensors = policy.full_tensors()
+        if self._sender is None:
+            for _ in tensors:
+                pass  # takes this rank's part in gathering each tensor
+            return
+        self._sender.publish(Snapshot.take(policy.version, self._manifest, tensors), probe)
+        self._sender.sync()

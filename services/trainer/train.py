@@ -1,0 +1,76 @@
+"""The algorithm, on one screen. Everything it calls has a file of its name.
+
+Every rank executes this. What only rank 0 knows (finished groups, replicas, files) is behind `steps`, `weights` and
+`journal`: their methods are collectives, or do nothing on the other ranks.
+"""
+
+from retort.config import RunConfig
+from services.trainer.checkpoint import Checkpoints
+from services.trainer.guards import Guards
+from services.trainer.journal import Journal
+from services.trainer.policy import Policy
+from services.trainer.publish import WeightPublisher
+from services.trainer.schedule import learning_rate
+from services.trainer.steps import Steps
+from services.trainer.teacher import Teacher
+from services.trainer.update import update_policy
+
+
+def train(
+    config: RunConfig,
+    policy: Policy,
+    teacher: Teacher,
+    steps: Steps,
+    weights: WeightPublisher,
+    checkpoints: Checkpoints,
+    journal: Journal,
+) -> bool:
+    """Run the training steps; step s turns policy version s - 1 into s. False if asked to stop before the last."""
+    settings, method = config.trainer, config.method
+    guards = Guards(settings)
+    saved_version = policy.version
+    weights.publish(policy)
+    if policy.version == 0:
+        steps.validate(policy.version)
+        journal.record_untrained()
+
+    while policy.version < settings.steps and (batch := steps.take(policy.version + 1)):
+        with journal.timing("old_logprobs"):
+            batch.old_logprobs, batch.entropies = policy.score(batch, batch.active_rows, batch.prompts)
+        with journal.timing("teacher"), teacher.in_place_of(policy):
+            batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts)
+        guards.check_engine(batch)
+
+        with journal.timing("update"):
+            rate = learning_rate(batch.step, base=settings.learning_rate, warmup_steps=settings.warmup_steps)
+            size = settings.groups_per_update * settings.group_size
+            updates = [
+                update_policy(policy, batch, rows, method, learning_rate=rate)
+                for rows in batch.updates(settings.update_order, size, config.seed)
+            ]
+            guards.check_updates(updates)
+            finite_updates = sum(update.is_finite for update in updates)
+            teacher.follow(policy, rate=method.teacher_update_rate, finite_updates=finite_updates)
+        policy.version = batch.step
+
+        with journal.timing("weight_sync"):
+            weights.publish(policy)
+        is_last = policy.version == settings.steps
+        if is_last or policy.version % config.validation.every == 0:
+            steps.validate(policy.version)
+        journal.record(batch, updates, weights.report)
+        if is_last or policy.version % config.checkpoint.every == 0:
+            saved_version = save(policy, teacher, steps, checkpoints, journal)
+
+    if saved_version != policy.version:
+        save(policy, teacher, steps, checkpoints, journal)
+    return policy.version == settings.steps
+
+
+def save(policy: Policy, teacher: Teacher, steps: Steps, checkpoints: Checkpoints, journal: Journal) -> int:
+    """Make the policy durable, then let go of the groups it was trained on. Returns its version."""
+    with journal.timing("checkpoint"):
+        checkpoints.save(policy, teacher)
+    # Only now: until the checkpoint is durable, a restarted trainer needs these groups again.
+    steps.release(policy.version)
+    return policy.version
