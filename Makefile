@@ -2,16 +2,44 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-unit test-vectors check proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/ready  ## make .venv with everything the project needs (about two minutes, 3.4 GB)
+setup: .venv/ready  ## make .venv with everything the project needs (three minutes, 3.4 GB)
 
 .venv/ready: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) torch==2.13.0+cpu
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/cpu.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . && touch $@
+	$(PIP) --extra-index-url $(TORCH_INDEX) torch==2.13.0+cpu
+	$(PIP) --requirement requirements/cpu.txt
+	$(PIP) --no-build-isolation --editable . && touch $@
+
+demo: setup  ## train the tiny model on chemistry questions (five minutes)
+	$(BIN)/retort run configs/tiny-cpu.toml
+
+test: setup check  ## every check and every test, real services included
+	$(BIN)/pytest
+
+test-unit: setup  ## the tests that need seconds
+	$(BIN)/pytest tests/unit
+
+test-vectors: setup  ## the numeric cases of $$RETORT_VECTORS, or of the project's own file
+	$(BIN)/pytest tests/unit/trainer/test_vectors.py tests/unit/reward/test_vectors.py
+
+check: setup  ## ruff, mypy --strict, architecture
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/unit/test_architecture.py
+
+proto: setup  ## compile proto/ into retort/proto/
+	$(BIN)/python -m grpc_tools.protoc -Iretort/proto=proto --python_out=. --pyi_out=. --grpc_python_out=. \
+		proto/reward/v1/reward.proto
+
+lock: setup  ## resolve requirements/cpu.txt anew; torch and what breaks beside it stay out
+	$(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --extra cpu --extra dev --override requirements/overrides.txt \
+		pyproject.toml requirements/torch-deps.in --output-file requirements/cpu.txt

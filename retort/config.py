@@ -274,7 +274,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), env: Mapping[st
         raise ConfigError(f"{path}: {error}") from None
     origins: dict[str, str] = {}
     for key, text, origin in _overrides(overrides, env):
-        _put(values, key, _parse(text), origin)
+        _put(values, key, _parse(key, text), origin)
         origins[key] = origin
     try:
         return RunConfig.model_validate(values)
@@ -306,12 +306,15 @@ def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tup
         yield key.strip(), text.strip(), f"--set {item}"
 
 
-def _parse(text: str) -> Any:
+def _parse(key: str, text: str) -> Any:
     """A TOML value where the text is one, and a plain string otherwise."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    # A run may be called 2026 or 1e5: what is wanted as text stays as it was typed.
+    wanted = dict(_keys(RunConfig)).get(key)
+    return text if wanted is str and not isinstance(value, str) else value
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
@@ -320,7 +323,6 @@ def _put(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{origin}: {table} is not a table")
-    # A name or a path that happens to look like a number stays what its field wants: pydantic converts it.
     values[key] = value
 
 
@@ -328,7 +330,8 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        where = origins.get(key, file)
+        # A misspelt table is reported as such, by whatever put something into it.
+        where = next((origin for name, origin in origins.items() if f"{name}.".startswith(f"{key}.")), file)
         if problem["type"] == "extra_forbidden":
             hint = _nearest(key)
             lines.append(f"{where}: unknown key {key}." + (f" Did you mean {hint}?" if hint else ""))
@@ -342,14 +345,15 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
 
 
 def _nearest(key: str) -> str:
-    known = sorted(_keys(RunConfig))
+    known = sorted(name for name, _ in _keys(RunConfig))
     by_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     matches = by_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return matches[0] if matches else ""
 
 
-def _keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _keys(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of everything that a run file may hold, tables included."""
     for name, field in table.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field.annotation
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _keys(field.annotation, f"{prefix}{name}.")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 20
-NUM_TRAIN = 2000
-NUM_VALIDATION = 128
+NUM_TRAIN_DRAWN = 2000
+NUM_VALIDATION_DRAWN = 128
 DATA_SOURCE = "periodic_table"
 LETTERS = "ABCD"
 SYSTEM_PROMPT = "Reason inside <reasoning> tags, then give one letter inside <answer> tags."
@@ -80,6 +80,9 @@ FAMILIES = (
         "The element with the atomic number {given} is {sought}",
     ),
 )
+# The tiny model knows atomic numbers but cannot find one among the options, which no short run mends. So questions for
+# a number are drawn, and held out where they belong, but not asked.
+ASKED = tuple(family for family in FAMILIES if family.sought != "number")
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,15 @@ def draw_question(rng: random.Random, families: tuple[Family, ...] = FAMILIES) -
 
 
 def make_splits() -> tuple[list[MultipleChoice], list[MultipleChoice]]:
-    """Training and validation questions, all different."""
+    """Training and validation questions of all families, all different."""
     questions = _different_questions(random.Random(SEED))
-    validation = [next(questions) for _ in range(NUM_VALIDATION)]
-    return [next(questions) for _ in range(NUM_TRAIN)], validation
+    validation = [next(questions) for _ in range(NUM_VALIDATION_DRAWN)]
+    return [next(questions) for _ in range(NUM_TRAIN_DRAWN)], validation
+
+
+def asked(questions: list[MultipleChoice]) -> list[MultipleChoice]:
+    """Those that go into the files."""
+    return [question for question in questions if question.family in ASKED]
 
 
 def _different_questions(rng: random.Random) -> Iterator[MultipleChoice]:
@@ -155,7 +163,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="directory to write to")
     directory = parser.parse_args().output
     for name, questions in zip(("train", "validation"), make_splits(), strict=True):
-        lines = [json.dumps(question.row(), ensure_ascii=False) + "\n" for question in questions]
+        lines = [json.dumps(question.row(), ensure_ascii=False) + "\n" for question in asked(questions)]
         (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

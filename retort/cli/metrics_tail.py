@@ -2,7 +2,9 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 Metrics = dict[str, float]
 _RECENT_STEPS = 10
@@ -38,12 +40,13 @@ class MetricsTail:
         return [(step, value) for step, value in values if value is not None]
 
     def seconds_left(self, steps: int) -> float | None:
-        """How long the steps that remain take at the pace of the last ten; None before two are done."""
+        """How long the steps that remain take at the median pace of the last ten; None before two are done."""
         recent = sorted(step for step in self.by_step if step > 0)[-_RECENT_STEPS:]
         if len(recent) < 2:
             return None
-        first, last = self.by_step[recent[0]], self.by_step[recent[-1]]
-        return (last["time"] - first["time"]) / (recent[-1] - recent[0]) * (steps - recent[-1])
+        times = [self.by_step[step]["time"] for step in recent]
+        # The median, because a pause between two launches of a run lies between two steps.
+        return median(after - before for before, after in pairwise(times)) * (steps - recent[-1])
 
 
 def accuracy(line: Metrics, samples: int) -> float | None:

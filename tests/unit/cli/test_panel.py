@@ -96,6 +96,10 @@ def test_the_time_left_is_the_recent_pace_times_the_steps_that_remain(tmp_path: 
         more.write('{"step": 2, "time": 103.0}\n{"step": 3, "time": 106.0}\n')
     tail.read()
     assert tail.seconds_left(steps=10) == pytest.approx(21.0)
+    with file.open("a") as more:
+        more.write('{"step": 4, "time": 5000.0}\n')  # resumed the next day
+    tail.read()
+    assert tail.seconds_left(steps=10) == pytest.approx(18.0)
 
 
 def test_accuracy_is_the_mean_over_data_sources_at_the_run_s_number_of_samples() -> None:
