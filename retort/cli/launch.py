@@ -143,7 +143,7 @@ class LocalRun:
         self._screen.say(f"done: {self._config.trainer.steps} steps in {self._elapsed()}")
         self._screen.say(f"  open the report      {build_report(directory)}")
         self._screen.say(f"  talk to the model    retort chat {directory}")
-        self._screen.say("  use 8 GPUs           docker compose up (deploy/README.md)")
+        self._screen.say("  use 8 GPUs           retort plan configs/qwen3-4b-sciknoweval.toml (docs/reference-run.md)")
 
     def _judge(self, ending: Ending | None) -> Outcome | None:
         """What the end of a process means for the run."""

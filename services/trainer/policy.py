@@ -35,11 +35,13 @@ class Policy:
         self.rank, self.ranks = mesh.get_rank(), mesh.size()
         self.names = [name for name, _ in language_model.named_parameters()]
         self.specs = [(name, list(parameter.shape)) for name, parameter in language_model.named_parameters()]
+        self._dtype = dtype
         self._temperature = temperature
         self._token_budget = config.micro_batch_tokens
         self._max_grad_norm = config.max_grad_norm
         if config.activation_checkpointing:
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            language_model.train()  # transformers loads a model for inference, and then would not checkpoint
         self.model = _shard(PolicyModel(language_model), mesh, dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -76,11 +78,12 @@ class Policy:
     @torch.no_grad()
     def score(self, batch: StepBatch, rows: Sequence[int], prompts: Sequence[Sequence[int] | None]) -> TokenScores:
         """Log-probs and entropies of the rows' tokens behind the given prompts, [N] on every rank; 0 for other rows."""
-        scores = torch.zeros(2, int(batch.lengths.sum()), device=self.device, dtype=torch.float32)
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        scores = torch.zeros(2, int(batch.lengths.sum()), device=self.device, dtype=dtype)
         for micro_batch in self.micro_batches(batch, rows, prompts):
             result = self.model(micro_batch, self._temperature)
             if micro_batch.rows:
-                scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result).float()
+                scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)
         dist.all_reduce(scores)
         return TokenScores(*scores.cpu())
 
@@ -136,7 +139,7 @@ def load_language_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def _shard(model: PolicyModel, mesh: DeviceMesh, dtype: torch.dtype) -> PolicyModel:
-    narrow = dtype != torch.float32
+    narrow = torch.finfo(dtype).bits < 32
     precision = (
         MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if narrow else MixedPrecisionPolicy()
     )

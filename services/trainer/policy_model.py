@@ -20,7 +20,7 @@ LOGITS_AT_ONCE = 2**25
 
 class TokenScores(NamedTuple):
     logprobs: Tensor
-    """[N] float32 log-probability of every predicted token, at the sampling temperature."""
+    """[N] log-probability of every predicted token, at the sampling temperature."""
     entropies: Tensor
     """[N] entropy of the distribution it was taken from, in nats, detached."""
 
@@ -36,10 +36,11 @@ class PolicyModel(nn.Module):
         hidden = self.language_model.model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
         ).last_hidden_state[0]
-        if not batch.rows:
-            # No token counts, but other ranks wait for this one's part of the collectives, the backward's included.
-            return TokenScores(hidden.sum()[None] * 0, hidden.new_zeros(1))
         head = self.language_model.lm_head.weight
+        if not batch.rows:
+            # No token counts, but other ranks wait for this one's part of the collectives. The backward's need a
+            # gradient of every parameter, an untied head included.
+            return TokenScores((hidden.sum() + head.sum())[None] * 0, hidden.new_zeros(1))
         at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
         scored = [
             checkpoint(_score, hidden[positions], head, targets, temperature, use_reentrant=False)
