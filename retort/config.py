@@ -147,8 +147,32 @@ class TrainerConfig(Config):
 
 
 class MethodConfig(Config):
-    name: Literal["rlsd", "grpo"] = "rlsd"
-    """`rlsd`: group-relative advantages, reweighted per token by a teacher that saw a sibling's solution."""
+    name: Literal[
+        "rlsd",
+        "rlsd_negative_only",
+        "rlsd_shuffled",
+        "rlrt",
+        "opd",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "rloo",
+        "gspo",
+        "cispo",
+    ] = "rlsd"
+    """Row of the table in services/trainer/methods.py. The next six keys replace single parts of it."""
+    advantages: Literal["mean", "std", "leave_one_out"] | None = None
+    """Reward minus the group's mean; the same over its standard deviation; or minus the mean of the others."""
+    context: Literal["none", "sibling", "shuffled"] | None = None
+    """Whose solution the teacher is shown; `shuffled` is one of another prompt, a control."""
+    reweighting: Literal["none", "rlsd", "rlsd_negative_only", "rlrt", "opd"] | None = None
+    """What the teacher does to the advantage of each token."""
+    surrogate: Literal["ppo", "gspo", "cispo"] | None = None
+    """Which clipped objective."""
+    aggregation: Literal["sequence_mean", "token_mean", "horizon"] | None = None
+    """Mean over completions of token means; mean over tokens; or sums over `max_completion_tokens`."""
+    refill: bool | None = None
+    """Replace groups whose rewards are all equal by new ones, up to three times a step."""
     advantage_scale: Literal["none", "std"] = "none"
     """Divide advantages by the group's standard deviation, or not."""
     clip_low: PositiveFloat = 0.2
@@ -167,6 +191,10 @@ class MethodConfig(Config):
     """Steps in which lambda falls to 0; 0 keeps it constant."""
     teacher_update_rate: float = Field(default=0.05, gt=0, le=1)
     """teacher += rate * (policy - teacher), once per training step."""
+    distillation_alpha: NonNegativeFloat = 0.5
+    """`opd` only: weight of log teacher - log student beside the advantage."""
+    overlong_buffer: NonNegativeInt = 0
+    """Tokens before `max_completion_tokens` over which a completion's advantage loses up to 1 reward; 0 is off."""
     success_threshold: float = 0.5
     """A completion with at least this reward may serve as a demonstration."""
     max_teacher_prompt_tokens: PositiveInt = 10240
@@ -286,7 +314,7 @@ def dump_config(config: RunConfig) -> str:
     """The resolved configuration as TOML; `load_config` reads it back to an equal object."""
     import tomlkit
 
-    return tomlkit.dumps(config.model_dump(mode="json"))
+    return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -57,7 +57,7 @@ class WeightManifest(Message, frozen=True, kw_only=True):
         buckets: list[list[TensorSpec]] = []
         room = 0
         for spec in specs:
-            if not buckets or spec.num_bytes > room:
+            if not buckets or _padded(spec.num_bytes) > room:
                 buckets.append([])
                 room = bucket_bytes
             buckets[-1].append(spec)
@@ -144,10 +144,13 @@ class Snapshot:
 def bucket_digest(bucket: Tensor) -> int:
     """64-bit position-weighted sum of a byte bucket, on the device where it lies.
 
-    sum_i lane_i * (2 i + 1) * K modulo 2**64 over its 8-byte lanes: any single changed lane changes it, and so does a
-    swap of two different lanes but for a chance of 2**-64 or so. It guards against faults, not against forgery.
+    sum_i mix(lane_i) * (2 i + 1) * K modulo 2**64 over its 8-byte lanes, mix(x) = x ^ (x >> 32): any single changed
+    lane changes it, and so does a swap of two different lanes but for a chance of 2**-32 or so. It guards against
+    faults, not against forgery.
     """
     lanes = bucket.view(torch.int64)
+    # Without it, lanes that differ in their highest bit alone (the sign of a weight) could be swapped unseen.
+    lanes = lanes ^ (lanes >> 32 & 0xFFFFFFFF)  # masked, because >> of an int64 repeats the sign
     position = torch.arange(lanes.numel(), device=bucket.device, dtype=torch.int64)
     total = (lanes * (2 * position + 1) * _LANE_WEIGHT).sum().item()
     return int(total) % 2**64

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -74,6 +75,7 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
             decode=_decoder(config.model.path),
             concurrent_groups=config.rollout.concurrent_groups,
             lease_s=config.rollout.lease_s,
+            max_deliveries=config.rollout.max_deliveries,
         )
         log_event("engine_loaded", url=presence.url)
         await _run(sampler, presence, receiver, engine, listening, draining)
@@ -96,7 +98,7 @@ async def _run(
         uvicorn.Config(make_app(receiver), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
     )
     # uvicorn would take SIGTERM for itself and stop answering the trainer while groups are still in hand.
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(server.serve([listening]), name="http")
         background = [

@@ -46,7 +46,7 @@ def _control(app: FastAPI, name: str, request_type: type[M], act: Callable[[M], 
         try:
             message = request_type.from_bytes(await request.body())
             reply = await act(message)
-        except msgspec.ValidationError as error:
+        except msgspec.DecodeError as error:
             return Response(f"{name}: {error}", status_code=422, media_type="text/plain")
         except RefusedError as error:
             return Response(f"{name}: {error}", status_code=409, media_type="text/plain")

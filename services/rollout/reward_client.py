@@ -27,6 +27,10 @@ class RewardServiceError(Exception):
     """The reward service gave no scores. The group is not lost: its work item is delivered again."""
 
 
+class RewardServiceDownError(RewardServiceError):
+    """Nobody answered for the whole budget."""
+
+
 class UnscorableError(Exception):
     """The checker can give no reward for one completion, and a missing reward is never 0."""
 
@@ -63,8 +67,8 @@ class RewardClient:
     async def score(self, checker: str, completions: Sequence[str], answer: str) -> list[Scored]:
         """Score the completions of one group, in their order. Checkers are pure, so a repeated call is safe.
 
-        Raises UnscorableError for the first completion without a reward, RewardServiceError if no scores came
-        within `budget_s` or the service refused the request.
+        Raises UnscorableError for the first completion without a reward, RewardServiceDownError if no scores came
+        within `budget_s`, RewardServiceError if the service refused the request.
         """
         request = reward_pb2.ScoreRequest(
             items=[
@@ -102,7 +106,7 @@ class RewardClient:
                         "Its log says more; its limits are in services/reward/README.md."
                     ) from error
                 if time.monotonic() + pause_s >= give_up:
-                    raise RewardServiceError(
+                    raise RewardServiceDownError(
                         f"reward service at {self._address}: no scores within {self._budget_s:g} s "
                         f"({calls} calls, the last one {happened}). Check that it runs (its log is "
                         "logs/reward.log) and that [reward].address is right; if its "

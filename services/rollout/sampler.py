@@ -13,7 +13,13 @@ from retort.rollouts import Rollout, RolloutGroup, WorkItem
 from retort.telemetry import log_event
 from services.rollout import metrics
 from services.rollout.engine import Engine, Sampled
-from services.rollout.reward_client import RewardClient, RewardServiceError, Scored, UnscorableError
+from services.rollout.reward_client import (
+    RewardClient,
+    RewardServiceDownError,
+    RewardServiceError,
+    Scored,
+    UnscorableError,
+)
 from services.rollout.weight_receiver import WeightReceiver
 
 # Few at a time, so that replicas that are free at the same moment share what is there.
@@ -39,6 +45,7 @@ class Sampler:
     decode: Decoder
     concurrent_groups: int
     lease_s: float
+    max_deliveries: int
     in_hand: dict[str, Lease] = field(default_factory=dict)
     tokens_generated: int = 0
     _finished: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -88,13 +95,19 @@ class Sampler:
             log_event("group_unscorable", logging.WARNING, group=lease.item.group_id, reason=error)
             # The same seeds would give the same completions and the same verdict: nobody else would fare better.
             await self.queue.bury(lease, str(error))
-        except RewardServiceError as error:
+        except RewardServiceDownError as error:
             log_event("group_given_back", logging.WARNING, group=lease.item.group_id, reason=error)
             metrics.GIVEN_BACK_GROUPS.inc()
             await self.queue.give_back(lease)
+        except RewardServiceError as error:
+            log_event("group_refused", logging.WARNING, group=lease.item.group_id, reason=error)
+            if lease.deliveries >= self.max_deliveries:
+                await self.queue.bury(lease, str(error))
+            # Otherwise the lease runs out, which counts as a failure and keeps a refusal from being repeated at once.
         finally:
             async with self._finished:
-                del self.in_hand[lease.entry_id]
+                # Absent where this process slept so long that it was given its own work again.
+                self.in_hand.pop(lease.entry_id, None)
                 self._finished.notify_all()
 
     async def _group(self, item: WorkItem) -> RolloutGroup:

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 
 from retort.config import ConfigError, RunConfig, load_config
-from retort.queues import Fenced, RunView, TrainerQueue, connect, request_stop
+from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.rollouts import RolloutGroup
 from retort.telemetry import die_with_parent, log_event, start_logging
 from services.trainer.admission import StalledError, WorkList
@@ -56,6 +57,9 @@ def main() -> int:
 
 def run(config: RunConfig) -> int:
     """Wire this rank together and train."""
+    terminated = threading.Event()
+    # On every rank: torchrun passes SIGTERM on to all, and rank 0 cannot finish a step alone.
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     with _ranks(config) as is_first:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         questions, validation = load_questions(config.data.train), load_questions(config.data.validation)
@@ -90,7 +94,15 @@ def run(config: RunConfig) -> int:
                 decode=partial(decode, tokenizer),
                 set_progress=queue.set_progress,
             )
-            steps = Rank0Steps(assemble_step, config, work=work, queue=queue, sender=sender, journal=journal)
+            steps = Rank0Steps(
+                assemble_step,
+                config,
+                work=work,
+                queue=queue,
+                sender=sender,
+                journal=journal,
+                stop_requested=lambda: terminated.is_set() or bool(queue.stop_requested()),
+            )
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
         finished = train(config, policy, teacher, steps, weights, checkpoints, journal)
         export_hugging_face(policy, config, tokenizer)
@@ -121,11 +133,6 @@ def _take_over(config: RunConfig) -> tuple[int, TrainerQueue]:
     queue = TrainerQueue(redis, config.key_prefix, epoch)
     queue.open()
     queue.withdraw("validation")
-
-    def stop(number: int, _: object) -> None:
-        request_stop(redis, config.key_prefix, signal.Signals(number).name)
-
-    signal.signal(signal.SIGTERM, stop)
     log_event("took_over", epoch=epoch)
     return epoch, queue
 

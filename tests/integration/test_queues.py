@@ -5,7 +5,7 @@ import time
 from typing import Literal
 
 import pytest
-from queue_run import Run, a_group, a_member, an_item, group_ids
+from tests.integration.queue_run import Run, a_group, a_member, an_item, group_ids
 
 from retort.queues import (
     DeadWork,

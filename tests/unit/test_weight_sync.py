@@ -129,10 +129,12 @@ def test_a_tensor_out_of_turn_is_an_error() -> None:
         Snapshot.take(0, manifest, tensors)
 
 
-def test_the_digest_of_one_lane_is_the_lane_times_an_odd_number() -> None:
+def test_the_digest_is_the_sum_of_the_lanes_times_odd_numbers() -> None:
+    factor = 0x9E3779B97F4A7C15
     assert digest_of([0, 0]) == 0
-    assert digest_of([1]) == 0x9E3779B97F4A7C15
-    assert digest_of([0, 1]) == 3 * 0x9E3779B97F4A7C15 % 2**64
+    assert digest_of([1]) == factor
+    assert digest_of([5, 1]) == (5 + 3) * factor % 2**64
+    assert digest_of([2**32]) == (2**32 + 1) * factor % 2**64  # the upper half is folded into the lower
 
 
 @given(lanes=LANES, data=st.data())
@@ -151,18 +153,22 @@ def test_any_other_lane_changes_the_digest(lanes: list[int], data: st.DataObject
     assert digest_of([*lanes[:index], other, *lanes[index + 1 :]]) != digest_of(lanes)
 
 
-@given(first=st.floats(width=32), second=st.floats(width=32), distance=st.integers(1, 2**20))
-def test_swapped_weights_change_the_digest(first: float, second: float, distance: int) -> None:
-    """Two float32 numbers, each the low half of its lane, exchanged over any distance up to 8 MiB."""
-    low, high = (int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) for value in (first, second))
-    assume(low != high)
-    difference = bucket_digest_of_swap(low % 2**32, high % 2**32, distance)
-    assert difference != 0
+@given(weights=st.lists(st.floats(width=32), min_size=4, max_size=4, unique=True), distance=st.integers(1, 2000))
+def test_swapped_weights_change_the_digest(weights: list[float], distance: int) -> None:
+    one, other = torch.tensor(weights, dtype=torch.float32).view(torch.int64).tolist()
+    between = [0] * (distance - 1)
+    assert digest_of([one, *between, other]) != digest_of([other, *between, one])
 
 
-def bucket_digest_of_swap(one: int, other: int, distance: int) -> int:
-    """How far exchanging two lanes moves the digest, from its formula: the lanes between them stay out of it."""
-    return 2 * distance * (one - other) * 0x9E3779B97F4A7C15 % 2**64
+@pytest.mark.parametrize("upper", [(0.5, -0.5), (1.0, 2.0), (0.0, -0.0)])
+@pytest.mark.parametrize("distance", [1, 2, 1024])
+def test_swapped_weights_that_differ_in_one_high_bit_change_the_digest(
+    upper: tuple[float, float], distance: int
+) -> None:
+    weights = torch.tensor([0.25, upper[0], 0.25, upper[1]])
+    one, other = weights.view(torch.int64).tolist()
+    between = [0] * (distance - 1)
+    assert digest_of([one, *between, other]) != digest_of([other, *between, one])
 
 
 def test_the_name_of_the_weights_depends_on_every_bucket() -> None:

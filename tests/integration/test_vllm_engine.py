@@ -1,0 +1,302 @@
+"""Real vLLM under the rollout server's engine: what it serves is what was broadcast, token by token.
+
+One engine for the whole file, because starting one takes half a minute. Every test sends the weights that it needs.
+"""
+
+import asyncio
+import json
+import shutil
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+from transformers import AutoModelForCausalLM
+
+from retort.config import load_config
+from retort.rollouts import SamplingParameters
+from retort.weight_sync import Snapshot, TensorSpec, TransferRequest, WeightManifest, open_process_group, send
+from services.rollout.engine import Sampled
+
+pytestmark = pytest.mark.timeout(400)
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 30.0
+TOLERANCE = 1e-4
+PLAIN = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=24)
+LONG = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=200)
+PROMPT = list(range(20, 44))
+T = TypeVar("T")
+
+KINDS = [
+    "embed_tokens",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "q_norm",
+    "k_norm",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "model.norm",
+]
+
+
+class Served:
+    """The engine, the transformers model whose weights it should hold, and the way from one to the other."""
+
+    def __init__(self, model_path: Path) -> None:
+        self.loop = asyncio.Runner()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self.shipped = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
+        self.version = 0
+        self.engine = self.wait(self._start(model_path), timeout_s=280)
+
+    async def _start(self, model_path: Path) -> Any:
+        from services.rollout.vllm_engine import VLLMEngine
+
+        config = load_config(ROOT / "configs" / "tiny-cpu.toml", [f"model.path={model_path}"], env={})
+        return VLLMEngine(config)
+
+    def wait(self, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
+        return self.loop.run(asyncio.wait_for(work, timeout_s))
+
+    def reset(self) -> None:
+        """Back to the shipped weights, in the model; `sync` sends them."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self.shipped[name])
+
+    def change(self, *kinds: str, seed: int = 0) -> None:
+        """Add noise as large as the weights themselves to all parameters of these kinds."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if any(kind in name for kind in kinds):
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise * parameter.std().clamp(min=0.05))
+
+    async def sync(self) -> None:
+        """What the trainer does, with the model's weights as the next version."""
+        self.version += 1
+        tensors = [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
+        specs = [TensorSpec(name=name, shape=list(tensor.shape), dtype="float32") for name, tensor in tensors]
+        snapshot = Snapshot.take(self.version, WeightManifest.of(specs, bucket_bytes=2**19), tensors)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        request = TransferRequest(
+            epoch=1,
+            transfer=uuid.uuid4().hex,
+            backend="gloo",
+            store_host="127.0.0.1",
+            store_port=store.port,
+            broadcast_rank=1,
+            world_size=2,
+            deadline_s=DEADLINE_S,
+        )
+        await self.engine.prepare()
+        receiving = self.engine.receive(request, snapshot.manifest)
+        digests, _ = await asyncio.gather(receiving, asyncio.to_thread(broadcast, store, request, snapshot))
+        assert digests == [snapshot.digests]
+        await self.engine.load(self.version)
+
+    async def sample(
+        self, prompt_ids: Sequence[int], seeds: Sequence[int], sampling: SamplingParameters = PLAIN
+    ) -> list[Sampled]:
+        samples = (self.engine.sample(prompt_ids, sampling, seed, urgent=True) for seed in seeds)
+        return await asyncio.gather(*samples)
+
+    def logits(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Tensor:
+        """[completion, vocabulary], from transformers."""
+        with torch.no_grad():
+            logits = self.model(torch.tensor([[*prompt_ids, *completion_ids]])).logits[0]
+        return logits[len(prompt_ids) - 1 : -1]
+
+    def gap(self, sampled: Sampled, prompt_ids: Sequence[int] = PROMPT) -> float:
+        """Largest |engine - transformers| log-probability of the sampled tokens at temperature 1."""
+        ids = torch.tensor(sampled.completion_ids)
+        reference = self.logits(prompt_ids, sampled.completion_ids).log_softmax(-1)[torch.arange(len(ids)), ids]
+        return float((reference - torch.tensor(sampled.logprobs)).abs().max())
+
+
+def broadcast(store: TCPStore, request: TransferRequest, snapshot: Snapshot) -> None:
+    group = open_process_group("gloo", store, request.transfer, rank=0, world_size=2, timeout_s=DEADLINE_S)
+    send(group, snapshot, DEADLINE_S)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(ROOT / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    # A model that asks for greedy sampling, which must not be heard.
+    generation = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "top_k": 1, "top_p": 0.1}))
+    torch.set_num_threads(1)
+    served = Served(path)
+    yield served
+    served.engine.shutdown()
+    served.loop.close()
+
+
+@pytest.fixture
+def changed(served: Served) -> Served:
+    """Serves weights of which none is as it was shipped; the distributions of their tokens are wide."""
+    served.reset()
+    served.change(*KINDS)
+    served.wait(served.sync())
+    return served
+
+
+def test_after_every_kind_of_parameter_changed_log_probs_equal_those_of_transformers(served: Served) -> None:
+    served.reset()
+    served.change(*KINDS)
+    changed = {
+        name for name, tensor in served.model.named_parameters() if not torch.equal(tensor, served.shipped[name])
+    }
+    assert changed == set(served.shipped)
+    assert [kind for kind in KINDS if not any(kind in name for name in changed)] == []
+    served.wait(served.sync())
+    for sampled in served.wait(served.sample(PROMPT, range(8))):
+        assert served.gap(sampled) < TOLERANCE
+        assert sampled.policy_versions == [served.version] * len(sampled.completion_ids)
+
+
+@pytest.mark.parametrize("kind", ["embed_tokens", "q_norm", "gate_proj"])
+def test_a_change_of_one_kind_of_parameter_alone_is_served(served: Served, kind: str) -> None:
+    """`embed_tokens`: with tied embeddings the head follows. vLLM's packed copy of it on a CPU would not by itself."""
+    served.reset()
+    served.wait(served.sync())
+    [before] = served.wait(served.sample(PROMPT, [1]))
+    assert served.model.config.tie_word_embeddings
+    served.change(kind)
+    assert served.gap(before) > 100 * TOLERANCE
+    served.wait(served.sync())
+    for sampled in served.wait(served.sample(PROMPT, range(4))):
+        assert served.gap(sampled) < TOLERANCE
+
+
+def test_the_probe_answers_the_log_probs_of_the_prompt(changed: Served) -> None:
+    logprobs = changed.wait(changed.engine.probe(PROMPT))
+    reference = changed.logits(PROMPT[:1], PROMPT[1:]).log_softmax(-1)
+    expected = reference[torch.arange(len(PROMPT) - 1), torch.tensor(PROMPT[1:])]
+    assert len(logprobs) == len(PROMPT) - 1
+    assert float((torch.tensor(logprobs) - expected).abs().max()) < TOLERANCE
+
+
+def test_sequences_in_flight_survive_an_update_and_say_which_version_sampled_each_token(changed: Served) -> None:
+    async def update_after(delay_s: float) -> list[Sampled]:
+        sampling = asyncio.create_task(changed.sample(PROMPT, range(8), LONG))
+        await asyncio.sleep(delay_s)
+        await changed.sync()
+        return await sampling
+
+    for delay_s in (0.1, 0.2, 0.4, 0.8):  # until the update comes while some have begun and some have not ended
+        before = changed.version
+        sequences = changed.wait(update_after(delay_s))
+        mixed = [one for one in sequences if set(one.policy_versions) == {before, before + 1}]
+        if mixed:
+            break
+    assert mixed
+    for one in sequences:
+        assert set(one.policy_versions) <= {before, before + 1}
+        assert one.policy_versions == sorted(one.policy_versions)
+        assert len(one.policy_versions) == len(one.logprobs) == len(one.completion_ids)
+        assert len(one.completion_ids) == 200 or one.finish_reason == "stop"
+    # The weights were sent again as they are, so the tokens of both versions have the same log-probs.
+    assert max(changed.gap(one) for one in mixed) < TOLERANCE
+
+
+def test_a_seed_names_a_completion_whatever_else_is_sampled(changed: Served) -> None:
+    scheduler = changed.engine._llm.vllm_config.scheduler_config
+    # With it, a seeded request that is caught in a partial prefill ends the engine on a CPU.
+    assert not scheduler.enable_chunked_prefill
+
+    async def sample_all() -> list[Sampled]:
+        prompts = [[20 + (7 * index + place) % 60 for place in range(4 + 3 * index)] for index in range(64)]
+        samples = (changed.engine.sample(prompt, PLAIN, 1000 + i, urgent=True) for i, prompt in enumerate(prompts))
+        return await asyncio.gather(*samples)
+
+    first, second = changed.wait(sample_all(), 120), changed.wait(sample_all(), 120)
+    assert [one.completion_ids for one in first] == [one.completion_ids for one in second]
+
+    alike = changed.wait(changed.sample(PROMPT, [5, 5, 6]))
+    alone = changed.wait(changed.sample(PROMPT, [5]))
+    assert alike[0].completion_ids == alike[1].completion_ids == alone[0].completion_ids
+    assert alike[0].completion_ids != alike[2].completion_ids
+
+
+def test_the_models_own_generation_config_is_not_applied(changed: Served) -> None:
+    """It says top_k 1 and top_p 0.1, with which all would begin alike, with probability 1."""
+    sampled = changed.wait(changed.sample(PROMPT, range(16)))
+    assert len({one.completion_ids[0] for one in sampled}) > 4
+    assert min(one.logprobs[0] for one in sampled) < -0.1
+    assert max(changed.gap(one) for one in sampled) < TOLERANCE
+
+
+def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(changed: Served) -> None:
+    """At temperature 0.6 and top_p 0.95: the nucleus alone, renormalised."""
+    validation = SamplingParameters(temperature=0.6, top_p=0.95, max_completion_tokens=24)
+    for sampled in changed.wait(changed.sample(PROMPT, range(8), validation)):
+        probabilities = (changed.logits(PROMPT, sampled.completion_ids) / 0.6).softmax(-1)
+        ordered, order = probabilities.sort(-1, descending=True)
+        kept = ordered.cumsum(-1) - ordered < 0.95
+        nucleus = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+        expected = (nucleus / nucleus.sum(-1, keepdim=True)).log()
+        ids = torch.tensor(sampled.completion_ids)
+        gap = expected[torch.arange(len(ids)), ids] - torch.tensor(sampled.logprobs)
+        assert float(gap.abs().max()) < TOLERANCE
+
+
+def test_a_completion_ends_with_the_end_of_sequence_token_or_at_its_limit(served: Served) -> None:
+    served.reset()
+    served.wait(served.sync())
+    eos = served.model.generation_config.eos_token_id
+    ends = {eos} if isinstance(eos, int) else set(eos)
+    short = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=2)
+    for sampled in served.wait(served.sample(PROMPT, range(4), short)) + served.wait(
+        served.sample(PROMPT, range(4), LONG)
+    ):
+        assert (sampled.completion_ids[-1] in ends) == (sampled.finish_reason == "stop")
+        assert not ends & set(sampled.completion_ids[:-1])
+
+
+def test_an_update_that_fails_can_be_abandoned_and_repeated(changed: Served) -> None:
+    async def story() -> None:
+        manifest = WeightManifest.of([TensorSpec(name="model.norm.weight", shape=[4], dtype="float32")], 64)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        nobody_sends = TransferRequest(
+            epoch=1,
+            transfer="nobody",
+            backend="gloo",
+            store_host="127.0.0.1",
+            store_port=store.port,
+            broadcast_rank=1,
+            world_size=2,
+            deadline_s=1.0,
+        )
+        await changed.engine.prepare()
+        with pytest.raises(Exception, match=r".+"):
+            await changed.engine.receive(nobody_sends, manifest)
+        await changed.engine.abandon()
+        await changed.sync()
+        for sampled in await changed.sample(PROMPT, range(2)):
+            assert changed.gap(sampled) < TOLERANCE
+
+    changed.wait(story())
+
+
+def test_the_death_of_the_engines_process_is_noticed(changed: Served) -> None:
+    """The last test of this file: it leaves no engine."""
+    processes = psutil.Process().children(recursive=True)
+    largest = max(processes, key=lambda process: process.memory_info().rss)
+    largest.kill()
+    changed.wait(changed.engine.wait_until_dead(), timeout_s=30)
+    with pytest.raises(Exception, match=r".+"):
+        changed.wait(changed.sample(PROMPT, [1]))

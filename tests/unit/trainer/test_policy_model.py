@@ -1,0 +1,72 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from services.trainer import policy_model
+from services.trainer.packing import MicroBatch, pack
+from services.trainer.policy_model import PolicyModel
+from tests.training import VOCABULARY, a_language_model
+
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+COMPLETIONS = [[7, 8], [9, 10, 11, 12], []]
+
+
+def packed(*rows: int) -> MicroBatch:
+    return pack(list(rows), PROMPTS, COMPLETIONS, torch.device("cpu"))
+
+
+def distributions(prompt: Sequence[int], completion: Sequence[int], temperature: float) -> torch.Tensor:
+    """[tokens, vocabulary] log-probabilities, from the library's model and nothing else."""
+    model = a_language_model(attention="sdpa")
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropies_are_those_of_each_sequence_by_itself(temperature: float) -> None:
+    scores = PolicyModel(a_language_model())(packed(0, 1, 2), temperature)
+    expected = [distributions(*pair, temperature) for pair in zip(PROMPTS[:2], COMPLETIONS[:2], strict=True)]
+    logprobs = [d[range(len(ids)), ids] for d, ids in zip(expected, COMPLETIONS[:2], strict=True)]
+    entropies = [-(d.exp() * d).sum(-1) for d in expected]
+    torch.testing.assert_close(scores.logprobs, torch.cat(logprobs), rtol=0, atol=1e-10)
+    torch.testing.assert_close(scores.entropies, torch.cat(entropies), rtol=0, atol=1e-10)
+
+
+def test_the_head_gives_the_same_however_few_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def logprobs_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        model = PolicyModel(a_language_model())
+        logprobs = model(packed(0, 1), 1.0).logprobs
+        logprobs.square().sum().backward()
+        return logprobs, model.language_model.lm_head.weight.grad
+
+    at_once = logprobs_and_gradient()
+    monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", VOCABULARY)
+    one_by_one = logprobs_and_gradient()
+    torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-12)
+
+
+def test_scores_of_a_narrow_model_are_float32() -> None:
+    scores = PolicyModel(a_language_model(dtype=torch.bfloat16))(packed(0), 1.0)
+    assert scores.logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pass_without_rows_gives_every_parameter_a_gradient_of_zero(tied: bool) -> None:
+    model = PolicyModel(a_language_model(tied=tied))
+    model(packed(), 1.0).logprobs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_a_row_without_completion_has_no_scores_and_a_gradient_of_zero() -> None:
+    model = PolicyModel(a_language_model())
+    scores = model(packed(2), 1.0)
+    assert scores.logprobs.shape == (0,)
+    scores.logprobs.sum().backward()
+    assert not model.language_model.lm_head.weight.grad.any()
+
+
+def test_entropies_carry_no_gradient() -> None:
+    assert not PolicyModel(a_language_model())(packed(0), 1.0).entropies.requires_grad

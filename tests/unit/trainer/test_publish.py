@@ -1,0 +1,65 @@
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from retort.weight_sync import Snapshot
+from services.trainer.policy import Policy
+from services.trainer.publish import WeightPublisher
+from services.trainer.weight_sender import Probe, SyncReport, WeightSender
+from tests.training import a_config, a_language_model
+
+
+class CollectingSender(WeightSender):
+    """Keeps what it is to send."""
+
+    def __init__(self) -> None:
+        self.published: list[Any] = []
+        self.report = SyncReport(replicas=3)
+
+    def publish(self, snapshot: Snapshot, probe: Probe) -> None:
+        self.published.append((snapshot, probe))
+
+    def sync(self) -> int:
+        self.published.append("sync")
+        return 0
+
+
+def a_policy(mesh: DeviceMesh) -> Policy:
+    policy = Policy(a_language_model(), a_config().trainer, mesh, dtype=torch.float64, temperature=0.5)
+    policy.version = 3
+    return policy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_snapshot_holds_every_tensor_in_the_served_type(mesh: DeviceMesh, dtype: str) -> None:
+    policy, sender = a_policy(mesh), CollectingSender()
+    config = a_config(model={"dtype": dtype}, weight_sync={"bucket_mib": 0.002})
+    WeightPublisher(sender, config, policy, probe_ids=[1, 2]).publish(policy)
+    [(snapshot, _), _] = sender.published
+    served = getattr(torch, dtype)
+    tensors = [tensor.to(served) for _, tensor in policy.full_tensors()]
+    specs = [spec for bucket in snapshot.manifest.buckets for spec in bucket]
+    assert (snapshot.version, len(snapshot.buckets)) == (3, len(snapshot.manifest.buckets))
+    assert len(snapshot.buckets) > 1
+    assert [spec.name for spec in specs] == policy.names
+    assert [(spec.shape, spec.dtype) for spec in specs] == [(list(tensor.shape), dtype) for tensor in tensors]
+    first = snapshot.buckets[0][: tensors[0].nbytes].view(served).view(tensors[0].shape)
+    assert torch.equal(first, tensors[0])
+
+
+def test_the_probe_is_the_trainers_own_word_on_the_version_and_the_sync_follows(mesh: DeviceMesh) -> None:
+    policy, sender = a_policy(mesh), CollectingSender()
+    WeightPublisher(sender, a_config(), policy, probe_ids=[4, 5, 6]).publish(policy)
+    [(_, probe), then] = sender.published
+    assert probe == Probe([4, 5, 6], policy.score_prompt([4, 5, 6]))
+    assert then == "sync"
+
+
+def test_the_report_is_the_senders_and_empty_on_other_ranks(mesh: DeviceMesh) -> None:
+    policy = a_policy(mesh)
+    assert WeightPublisher(CollectingSender(), a_config(), policy, probe_ids=[1, 2]).report.replicas == 3
+    elsewhere = WeightPublisher(None, a_config(), policy, probe_ids=[1, 2])
+    elsewhere.publish(policy)
+    assert elsewhere.report == SyncReport()
