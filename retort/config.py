@@ -170,11 +170,9 @@ class MethodConfig(Config):
     surrogate: Literal["ppo", "gspo", "cispo"] | None = None
     """Which clipped objective."""
     aggregation: Literal["sequence_mean", "token_mean", "horizon"] | None = None
-    """Mean over completions of token means; mean over tokens; or sums over `max_completion_tokens`."""
+    """Mean over completions of token means; mean over tokens; mean over completions of sums over `horizon`."""
     refill: bool | None = None
     """Replace groups whose rewards are all equal by new ones, up to three times a step."""
-    advantage_scale: Literal["none", "std"] = "none"
-    """Divide advantages by the group's standard deviation, or not."""
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped to at least `1 - clip_low`."""
     clip_high: PositiveFloat = 0.28
@@ -194,7 +192,9 @@ class MethodConfig(Config):
     distillation_alpha: NonNegativeFloat = 0.5
     """`opd` only: weight of log teacher - log student beside the advantage."""
     overlong_buffer: NonNegativeInt = 0
-    """Tokens before `max_completion_tokens` over which a completion's advantage loses up to 1 reward; 0 is off."""
+    """Tokens before `horizon` over which a completion loses up to 1 of its reward; 0 is off."""
+    horizon: PositiveInt = 8192
+    """Tokens by which aggregation `horizon` divides; normally the same as sampling.max_completion_tokens."""
     success_threshold: float = 0.5
     """A completion with at least this reward may serve as a demonstration."""
     max_teacher_prompt_tokens: PositiveInt = 10240

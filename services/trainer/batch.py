@@ -1,8 +1,9 @@
 """One training step's data: its groups, row by row, with everything the loss needs that takes no forward pass."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from retort.config import MethodConfig
 from retort.rollouts import Rollout, RolloutGroup
-from services.trainer.advantage import demonstration_choice, group_advantages
+from services.trainer.advantage import demonstration_choice, overlong_penalty
+from services.trainer.methods import method_of
 from services.trainer.questions import Question, decode, encode_prompt
 from services.trainer.teacher_prompt import teacher_messages
 
@@ -37,6 +39,8 @@ class StepBatch:
     """[R]"""
     rollout_logprobs: Tensor
     """[N]"""
+    teaches_without_advantage: bool = False
+    """Whether rows with advantage 0 have a gradient too, because their teacher has a say."""
     teacher_logprobs: Tensor = field(init=False)
     """[N] filled in by the training step, as are the old logprobs; meaningless in rows that are not active."""
     old_logprobs: Tensor = field(init=False)
@@ -61,8 +65,12 @@ class StepBatch:
 
     @property
     def active_rows(self) -> list[int]:
-        """Rows with an advantage. The others have a gradient of exactly 0; they count in denominators only."""
-        return [row for row, advantage in enumerate(self.advantages.tolist()) if advantage]
+        """Rows with a gradient; that of the others is exactly 0, and they count in denominators only."""
+        return [
+            row
+            for row, advantage in enumerate(self.advantages.tolist())
+            if advantage or (self.teaches_without_advantage and self.teacher_prompts[row] is not None)
+        ]
 
     @property
     def taught_rows(self) -> list[int]:
@@ -104,38 +112,68 @@ def assemble(
     groups: Sequence[RolloutGroup],
     questions: Sequence[Question],
     tokenizer: "PreTrainedTokenizerBase",
-    method: MethodConfig,
+    config: MethodConfig,
 ) -> StepBatch:
-    """Advantages within each group, and for each row the sibling that its teacher is shown.
+    """Advantages within each group, and for each row the solution that its teacher is shown.
 
     `questions[i]` is what group i was asked.
     """
+    method = method_of(config)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     members = [index for index, group in enumerate(groups) for _ in group.rollouts]
-    firsts = [0, *accumulate(len(group.rollouts) for group in groups)]
-    rewards = [rollout.reward for rollout in rollouts]
-    advantages = group_advantages(rewards, members, scale=method.advantage_scale)
-    teacher_prompts: list[list[int] | None] = [None] * len(rollouts)
-    demonstrations: list[int | None] = [None] * len(rollouts)
-    if method.name == "rlsd":
-        chosen = demonstration_choice(rewards, members, threshold=method.success_threshold)
-        encoded: dict[int, list[int] | None] = {}
-        for row, sibling in enumerate(chosen):
-            if sibling is None:
-                continue
-            if sibling not in encoded:
-                text = decode(tokenizer, rollouts[sibling].completion_ids)
-                prompt = encode_prompt(tokenizer, teacher_messages(questions[members[row]].messages, text))
-                encoded[sibling] = prompt if len(prompt) <= method.max_teacher_prompt_tokens else None
-            teacher_prompts[row] = encoded[sibling]
-            demonstrations[row] = sibling - firsts[members[row]]
+    shaped = [
+        rollout.reward
+        + overlong_penalty(len(rollout.completion_ids), max_length=config.horizon, buffer=config.overlong_buffer)
+        for rollout in rollouts
+    ]
+    shown = _shown_rows(method.parts.context, rollouts, members, config.success_threshold)
+    encode = _teacher_prompts(rollouts, questions, tokenizer, config.max_teacher_prompt_tokens)
     return StepBatch(
         step=step,
         groups=list(groups),
         rollouts=rollouts,
         prompts=[group.prompt_ids for group in groups for _ in group.rollouts],
-        teacher_prompts=teacher_prompts,
-        demonstrations=demonstrations,
-        advantages=torch.tensor(advantages, dtype=torch.float64),
+        teacher_prompts=[
+            None if row is None else encode(row, member) for row, member in zip(shown, members, strict=True)
+        ],
+        demonstrations=[
+            row - members.index(member) if row is not None and members[row] == member else None
+            for row, member in zip(shown, members, strict=True)
+        ],
+        advantages=torch.tensor(method.advantages(shaped, members), dtype=torch.float64),
         rollout_logprobs=torch.tensor([lp for rollout in rollouts for lp in rollout.rollout_logprobs]),
+        teaches_without_advantage=method.teaches_without_advantage,
     )
+
+
+def _shown_rows(
+    context: str, rollouts: Sequence[Rollout], members: Sequence[int], threshold: float
+) -> list[int | None]:
+    """For each row, the row whose completion its teacher is shown."""
+    if context == "none":
+        return [None] * len(rollouts)
+    rewards = [rollout.reward for rollout in rollouts]
+    if context == "sibling":
+        return demonstration_choice(rewards, members, threshold=threshold)
+    # The control: the first success of the next group that has one, so a solution that says nothing of this question.
+    right = [row for row, reward in enumerate(rewards) if reward >= threshold]
+    after = [[row for row in right if members[row] > member] for member in members]
+    before = [[row for row in right if members[row] < member] for member in members]
+    return [next(iter(later + earlier), None) for later, earlier in zip(after, before, strict=True)]
+
+
+def _teacher_prompts(
+    rollouts: Sequence[Rollout],
+    questions: Sequence[Question],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+) -> Callable[[int, int], list[int] | None]:
+    """From the row that is shown and the group that is asked to the teacher's prompt; None where it is too long."""
+
+    @cache
+    def encode(row: int, member: int) -> list[int] | None:
+        solution = decode(tokenizer, rollouts[row].completion_ids)
+        prompt = encode_prompt(tokenizer, teacher_messages(questions[member].messages, solution))
+        return prompt if len(prompt) <= max_tokens else None
+
+    return encode

@@ -39,9 +39,9 @@ class Guards:
             self._skipped_in_a_row = 0 if update.is_finite else self._skipped_in_a_row + 1
             if not update.is_finite:
                 log_event("update_skipped", logging.WARNING, grad_norm=update.grad_norm, loss=update.loss)
-        if self._skipped_in_a_row >= self._config.max_skipped_updates:
-            raise DivergedError(
-                f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite "
-                f"(trainer.max_skipped_updates = {self._config.max_skipped_updates}). Lower trainer.learning_rate and "
-                "resume from the last checkpoint."
-            )
+            if self._skipped_in_a_row >= self._config.max_skipped_updates:
+                raise DivergedError(
+                    f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite "
+                    f"(trainer.max_skipped_updates = {self._config.max_skipped_updates}). Lower trainer.learning_rate and "
+                    "resume from the last checkpoint."
+                )

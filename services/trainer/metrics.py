@@ -22,8 +22,7 @@ def step_metrics(
 ) -> dict[str, float]:
     """Everything about a step but its times."""
     members = [index for index, group in enumerate(batch.groups) for _ in group.rollouts]
-    firsts = [row - members.index(member) for row, member in enumerate(members)]
-    shown = [None if d is None else row - firsts[row] + d for row, d in enumerate(batch.demonstrations)]
+    shown = [row if has else None for row, has in enumerate(batch.has_demonstration.tolist())]
     learned = [update for update in updates if update.is_finite]
     return {
         **_rewards(batch),

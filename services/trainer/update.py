@@ -9,7 +9,8 @@ from torch import Tensor
 
 from retort.config import MethodConfig
 from services.trainer.batch import StepBatch
-from services.trainer.loss import aggregation_weights, policy_loss, rlsd_weights
+from services.trainer.loss import aggregation_weights
+from services.trainer.methods import Evidence, method_of
 from services.trainer.moments import merge
 from services.trainer.packing import MicroBatch
 from services.trainer.policy import Policy
@@ -38,27 +39,32 @@ class Update:
 
 
 def update_policy(
-    policy: Policy, batch: StepBatch, rows: Sequence[int], method: MethodConfig, *, learning_rate: float
+    policy: Policy, batch: StepBatch, rows: Sequence[int], config: MethodConfig, *, learning_rate: float
 ) -> Update:
-    """One optimizer update on the given rows of a step: the mean over them of each one's mean token loss.
+    """One optimizer update on the given rows of a step.
 
-    Rows without advantage are left out of the passes, since their gradient is exactly 0, and count in the mean.
+    Rows without a gradient are left out of the passes, and count in the denominators of the loss.
     """
+    method = method_of(config)
     lengths = batch.lengths[rows]
     weights = torch.zeros(len(batch.rollouts), dtype=torch.float64)
     weights[rows] = aggregation_weights(
-        "sequence_mean", lengths, num_sequences=len(rows), num_tokens=int(lengths.sum()), horizon=1
+        method.parts.aggregation,
+        lengths,
+        num_sequences=len(rows),
+        num_tokens=int(lengths.sum()),
+        horizon=config.horizon,
     )
     loss = torch.zeros((), dtype=torch.float64)
     statistics = [torch.zeros(7, 3, dtype=torch.float64)]
-    active = [row for row in rows if batch.advantages[row]]
-    for micro_batch in policy.micro_batches(batch, active, batch.prompts):
+    active = set(batch.active_rows)
+    for micro_batch in policy.micro_batches(batch, [row for row in rows if row in active], batch.prompts):
         logprobs = policy.logprobs(micro_batch)
         if not micro_batch.rows:
             # Other ranks have rows in this pass and wait for this one's part of the collectives.
             logprobs.sum().backward()
             continue
-        share, share_statistics = _loss(logprobs, micro_batch, batch, weights, method)
+        share, share_statistics = _loss(logprobs, micro_batch, batch, weights, config)
         # FSDP averages gradients over ranks; the gradient of an update is the sum.
         (share * policy.ranks).backward()
         loss += share.detach().cpu()
@@ -69,35 +75,32 @@ def update_policy(
 
 
 def _loss(
-    logprobs: Tensor, micro_batch: MicroBatch, batch: StepBatch, weights: Tensor, method: MethodConfig
+    logprobs: Tensor, micro_batch: MicroBatch, batch: StepBatch, weights: Tensor, config: MethodConfig
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the update's loss, with its gradient, and its statistics [7, 3]."""
+    method = method_of(config)
     tokens, row = batch.tokens_of(micro_batch.rows), batch.row_of_tokens(micro_batch.rows)
-    advantages = batch.advantages[row].to(logprobs)
     old_logprobs = batch.old_logprobs[tokens].to(logprobs)
-    reweighting = rlsd_weights(
+    evidence = Evidence(
         student_logprobs=logprobs.detach(),
         teacher_logprobs=batch.teacher_logprobs[tokens].to(logprobs),
-        advantages=advantages,
+        advantages=batch.advantages[row].to(logprobs),
         has_demonstration=batch.has_demonstration[row].to(logprobs.device),
-        reweight_lambda=reweight_lambda(
-            batch.step, initial=method.reweight_lambda, decay_steps=method.reweight_decay_steps
-        ),
-        reweight_clip=method.reweight_clip,
     )
-    batch.token_weights[tokens] = reweighting.factor.float().cpu()
-    result = policy_loss(
+    share = reweight_lambda(batch.step, initial=config.reweight_lambda, decay_steps=config.reweight_decay_steps)
+    advantages = method.reweighting(evidence, share, config)
+    batch.token_weights[tokens] = advantages.factor.float().cpu()
+    result = method.surrogate(
         trainer_logprobs=logprobs,
         old_logprobs=old_logprobs,
-        token_advantages=advantages * reweighting.factor,
+        token_advantages=advantages.values,
         rollout_weights=rollout_weights(
             old_logprobs=old_logprobs,
             rollout_logprobs=batch.rollout_logprobs[tokens].to(logprobs),
-            max_ratio=method.max_rollout_ratio,
+            max_ratio=config.max_rollout_ratio,
         ),
         loss_weights=weights[row].to(logprobs),
-        clip_low=method.clip_low,
-        clip_high=method.clip_high,
-        dual_clip=method.dual_clip,
+        rows=row.to(logprobs.device),
+        config=config,
     )
-    return result.loss, torch.cat([result.statistics, reweighting.statistics])
+    return result.loss, torch.cat([result.statistics, advantages.statistics])

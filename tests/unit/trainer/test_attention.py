@@ -16,13 +16,13 @@ def a_row(lengths: Sequence[int]) -> tuple[MicroBatch, list[list[int]]]:
     generator = torch.Generator().manual_seed(len(lengths))
     sequences = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
     rows = list(range(len(lengths)))
-    return pack(rows, [sequence[:1] for sequence in sequences], [s[1:] for s in sequences], torch.device("cpu")), sequences
+    return pack(
+        rows, [sequence[:1] for sequence in sequences], [s[1:] for s in sequences], torch.device("cpu")
+    ), sequences
 
 
 def packed_hidden_states(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    out = model.model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
-    )
+    out = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False)
     return out.last_hidden_state[0]
 
 

@@ -58,7 +58,7 @@ def test_so_many_skipped_in_a_row_end_the_run_over_steps_too() -> None:
     guard = guards(max_skipped_updates=3)
     guard.check_updates([FINE, SKIPPED])
     guard.check_updates([SKIPPED])
-    with pytest.raises(DivergedError, match=r"3 updates in a row .* trainer\.max_skipped_updates = 3"):
+    with pytest.raises(DivergedError, match=r"3 updates in a row .*trainer\.max_skipped_updates = 3"):
         guard.check_updates([SKIPPED])
 
 
@@ -66,3 +66,8 @@ def test_a_good_update_between_starts_the_count_again() -> None:
     guard = guards(max_skipped_updates=2)
     for _ in range(5):
         guard.check_updates([SKIPPED, FINE])
+
+
+def test_so_many_in_a_row_end_the_run_also_when_a_good_one_follows() -> None:
+    with pytest.raises(DivergedError):
+        guards(max_skipped_updates=2).check_updates([SKIPPED, SKIPPED, FINE])

@@ -16,9 +16,7 @@ def packed(*rows: int) -> MicroBatch:
     return pack(list(rows), PROMPTS, COMPLETIONS, CPU)
 
 
-@given(
-    lengths=st.lists(st.integers(0, 50), max_size=30), ranks=st.integers(1, 5), token_budget=st.integers(1, 60)
-)
+@given(lengths=st.lists(st.integers(0, 50), max_size=30), ranks=st.integers(1, 5), token_budget=st.integers(1, 60))
 def test_every_plan_is_complete_balanced_in_passes_and_within_the_budget(
     lengths: list[int], ranks: int, token_budget: int
 ) -> None:

@@ -14,7 +14,12 @@ TINY = Path(__file__).parents[3] / "models" / "tiny"
 
 
 def a_policy(
-    mesh: DeviceMesh, *, tied: bool = True, dtype: torch.dtype = torch.float64, temperature: float = 1.0, **settings: Any
+    mesh: DeviceMesh,
+    *,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float64,
+    temperature: float = 1.0,
+    **settings: Any,
 ) -> Policy:
     model = a_language_model(tied=tied, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
     return Policy(model, a_config(trainer=settings).trainer, mesh, dtype=dtype, temperature=temperature)

@@ -1,0 +1,126 @@
+"""The loop: what happens in a step, in which order, and what a stop or a resume leaves out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from services.trainer.batch import StepBatch
+from services.trainer.checkpoint import Checkpoints
+from services.trainer.guards import DivergedError
+from services.trainer.journal import Journal
+from services.trainer.policy import Policy
+from services.trainer.publish import WeightPublisher
+from services.trainer.steps import Steps
+from services.trainer.teacher import Teacher
+from services.trainer.train import train
+from services.trainer.update import Update
+from services.trainer.weight_sender import SyncReport
+from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
+
+
+class Recorder(Steps, WeightPublisher, Journal):
+    """Hands out steps, and writes down what the loop asks of the outside world."""
+
+    def __init__(self, logprob: float, stop_before: int) -> None:
+        Journal.__init__(self)
+        self.events: list[str] = []
+        self._logprob = logprob
+        self._stop_before = stop_before
+
+    @property
+    def report(self) -> SyncReport:
+        return SyncReport()
+
+    def take(self, step: int) -> StepBatch | None:
+        self.events.append(f"take {step}")
+        if step == self._stop_before:
+            return None
+        rollouts = [a_rollout([5, 6], logprobs=[self._logprob] * 2) for _ in range(8)]
+        return a_batch([a_group(*rollouts)], [0.5, -0.5, 0.25, -0.25] * 2, [[1, 2]] * 8, step=step)
+
+    def publish(self, policy: Policy) -> None:
+        self.events.append(f"publish {policy.version}")
+
+    def validate(self, version: int) -> None:
+        self.events.append(f"validate {version}")
+
+    def release(self, version: int) -> None:
+        self.events.append(f"release {version}")
+
+    def record_untrained(self) -> None:
+        self.events.append("record 0")
+
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+        self.events.append(f"record {batch.step}, {len(updates)} updates")
+
+
+class LoggedCheckpoints(Checkpoints):
+    """Says when it saves."""
+
+    def __init__(self, directory: Path, events: list[str]) -> None:
+        super().__init__(directory, keep_last=1)
+        self._events = events
+
+    def save(self, policy: Policy, teacher: Teacher) -> None:
+        super().save(policy, teacher)
+        self._events.append(f"save {policy.version}")
+
+
+def run(
+    mesh: DeviceMesh, directory: Path, *, version: int = 0, stop_before: int = 99, logprob: float = -3.0
+) -> tuple[bool, list[str], Policy]:
+    """Three steps of two updates; validation and checkpoint every second step."""
+    config = a_config(
+        directory,
+        trainer={"warmup_steps": 0, "learning_rate": 1e-3, "max_logprob_gap": 9.0},
+        validation={"every": 2},
+        checkpoint={"every": 2},
+    )
+    policy = Policy(a_language_model(), config.trainer, mesh, dtype=torch.float64, temperature=1.0)
+    policy.version = version
+    world = Recorder(logprob, stop_before)
+    checkpoints = LoggedCheckpoints(directory / "checkpoints", world.events)
+    finished = train(config, policy, Teacher(policy), world, world, checkpoints, world)
+    return finished, world.events, policy
+
+
+def test_a_run_from_the_beginning_to_the_end(mesh: DeviceMesh, tmp_path: Path) -> None:
+    finished, events, policy = run(mesh, tmp_path)
+    assert finished
+    assert policy.version == 3
+    assert events == [
+        *("publish 0", "validate 0", "record 0"),
+        *("take 1", "publish 1", "record 1, 2 updates"),
+        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "save 2", "release 2"),
+        *("take 3", "publish 3", "validate 3", "record 3, 2 updates", "save 3", "release 3"),
+    ]
+
+
+def test_a_stop_saves_what_was_not_saved_and_says_that_it_is_not_finished(mesh: DeviceMesh, tmp_path: Path) -> None:
+    finished, events, _ = run(mesh, tmp_path, stop_before=2)
+    assert not finished
+    assert events[-3:] == ["take 2", "save 1", "release 1"]
+
+
+def test_a_stop_right_after_a_checkpoint_saves_nothing_twice(mesh: DeviceMesh, tmp_path: Path) -> None:
+    _, events, _ = run(mesh, tmp_path, stop_before=3)
+    assert events.count("save 2") == 1
+    assert events[-1] == "take 3"
+
+
+def test_a_resumed_run_publishes_what_it_has_and_goes_on(mesh: DeviceMesh, tmp_path: Path) -> None:
+    finished, events, _ = run(mesh, tmp_path, version=2)
+    assert finished
+    assert events[:2] == ["publish 2", "take 3"]
+
+
+def test_a_finished_run_that_is_resumed_does_nothing(mesh: DeviceMesh, tmp_path: Path) -> None:
+    assert run(mesh, tmp_path, version=3)[:2] == (True, ["publish 3"])
+
+
+def test_an_engine_that_disagrees_ends_the_run_before_anything_is_learned(mesh: DeviceMesh, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="step 1"):
+        run(mesh, tmp_path, logprob=-30.0)
