@@ -41,30 +41,16 @@ class WorkList:
 
     def of_step(self, step: int) -> list[WorkItem]:
         """The groups of a training step, in slot order."""
-        config = self.config
-        epoch, indices = data_indices(
-            step,
-            num_questions=len(self.train),
-            groups_per_step=config.trainer.groups_per_step,
-            seed=config.seed,
-        )
-        sampling = SamplingParameters(
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            max_completion_tokens=config.sampling.max_completion_tokens,
-        )
-        return [
-            self._item(
-                f"{epoch}-{index:06d}",
-                "train",
-                step,
-                max(0, step - 1 - config.trainer.max_staleness),
-                self.train[index],
-                sampling,
-                config.trainer.group_size,
-            )
-            for index in indices
-        ]
+        epoch, indices = self._indices(step)
+        return [self._train_item(f"{epoch}-{index:06d}", step, index) for index in indices]
+
+    def refill(self, step: int, attempt: int, count: int) -> list[WorkItem]:
+        """Up to `count` other questions for a step, for groups that teach nothing; another draw at every attempt."""
+        epoch, used = self._indices(step)
+        others = np.setdiff1d(np.arange(len(self.train)), used)
+        draw = np.random.default_rng([self.config.seed, step, attempt])
+        drawn = draw.choice(others, min(count, len(others)), replace=False)
+        return [self._train_item(f"{epoch}-s{step}r{attempt}-{index:06d}", step, index) for index in drawn.tolist()]
 
     def of_validation(self, version: int) -> list[WorkItem]:
         """The validation questions, to be sampled by one policy version."""
@@ -83,6 +69,24 @@ class WorkList:
         """What the group was asked."""
         questions = self.train if group.kind == "train" else self.validation
         return questions[int(group.group_id.rpartition("-")[2])]
+
+    def _indices(self, step: int) -> tuple[int, list[int]]:
+        return data_indices(
+            step,
+            num_questions=len(self.train),
+            groups_per_step=self.config.trainer.groups_per_step,
+            seed=self.config.seed,
+        )
+
+    def _train_item(self, group_id: str, step: int, index: int) -> WorkItem:
+        config = self.config
+        sampling = SamplingParameters(
+            temperature=config.sampling.temperature,
+            top_p=config.sampling.top_p,
+            max_completion_tokens=config.sampling.max_completion_tokens,
+        )
+        oldest = max(0, step - 1 - config.trainer.max_staleness)
+        return self._item(group_id, "train", step, oldest, self.train[index], sampling, config.trainer.group_size)
 
     def _item(
         self,

@@ -42,6 +42,6 @@ class Guards:
             if self._skipped_in_a_row >= self._config.max_skipped_updates:
                 raise DivergedError(
                     f"{self._skipped_in_a_row} updates in a row had a gradient that is not finite "
-                    f"(trainer.max_skipped_updates = {self._config.max_skipped_updates}). Lower trainer.learning_rate and "
-                    "resume from the last checkpoint."
+                    f"(trainer.max_skipped_updates = {self._config.max_skipped_updates}). Lower trainer.learning_rate "
+                    "and resume from the last checkpoint."
                 )

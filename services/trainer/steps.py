@@ -11,9 +11,12 @@ from retort.rollouts import RolloutGroup
 from services.trainer.admission import GroupReader, StalledError, WorkList
 from services.trainer.batch import StepBatch
 from services.trainer.journal import Journal
+from services.trainer.methods import method_of
 from services.trainer.ranks import broadcast_bytes
 from services.trainer.weight_sender import WeightSender
 
+MAX_REFILLS = 3
+"""Then a step is made up with groups that teach nothing: their share of the loss is 0, its denominator stays."""
 Assemble = Callable[[int, list[RolloutGroup]], StepBatch]
 
 
@@ -85,7 +88,19 @@ class Rank0Steps(Steps):
             for admitted in range(step, last + 1):
                 self._queue.issue(self._work.of_step(admitted))
             groups = self._train.collect(self._work.of_step(step))
+            if method_of(self._config.method).parts.refill:
+                groups = self._refill(step, groups)
         return msgspec.msgpack.encode(groups)
+
+    def _refill(self, step: int, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """Replace groups whose rewards are all equal by groups of other questions, a few times at most."""
+        for attempt in range(1, MAX_REFILLS + 1):
+            teaching = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1]
+            idle = [group for group in groups if group not in teaching]
+            items = self._work.refill(step, attempt, len(idle)) if idle else []
+            self._queue.issue(items)
+            groups = teaching + self._train.collect(items) + idle[len(items) :]
+        return groups
 
     def _idle(self) -> None:
         """While waiting: show a sign of life, and bring replicas that (re)joined to the policy."""

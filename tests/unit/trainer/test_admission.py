@@ -104,3 +104,15 @@ def test_a_group_knows_its_question() -> None:
     work = a_work_list()
     assert work.question(a_group(group_id="3-000007")) == QUESTIONS[7]
     assert work.question(a_group(group_id="v12-000002", kind="validation")) == QUESTIONS[2]
+
+
+def test_a_refill_asks_other_questions_and_each_attempt_others_again() -> None:
+    work = a_work_list()
+    asked = {item.group_id.rpartition("-")[2] for item in work.of_step(1)}
+    first, second = work.refill(1, 1, 2), work.refill(1, 2, 2)
+    assert [len(first), len(second)] == [2, 2]
+    assert not asked & {item.group_id.rpartition("-")[2] for item in first + second}
+    assert len({item.group_id for item in first + second}) == 4
+    assert work.refill(1, 1, 2) == first
+    # Six of the ten questions are not in the step.
+    assert len(work.refill(1, 1, 99)) == 6

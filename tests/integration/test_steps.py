@@ -1,0 +1,138 @@
+"""Rank 0 admits what the staleness bound allows, waits for it, and lets go of what a checkpoint holds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from retort.queues import RolloutQueue
+from retort.rollouts import RolloutGroup, WorkItem
+from services.trainer.admission import StalledError, WorkList
+from services.trainer.batch import StepBatch
+from services.trainer.journal import RunJournal
+from services.trainer.steps import Rank0Steps, Steps
+from tests.integration.queue_run import Run
+from tests.integration.test_weight_sender import a_sender, publish
+from tests.integration.torch_replica import TorchReplica
+from tests.training import a_batch, a_config, a_group, a_question, a_rollout
+
+QUESTIONS = [a_question(index) for index in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def as_batch(step: int, groups: list[RolloutGroup]) -> StepBatch:
+    return a_batch(groups, [0.0] * sum(len(group.rollouts) for group in groups), step=step)
+
+
+def sampled(item: WorkItem) -> RolloutGroup:
+    rollouts = [a_rollout() for _ in range(item.group_size)]
+    return a_group(*rollouts, group_id=item.group_id, kind=item.kind, step=item.step)
+
+
+class SamplingJournal(RunJournal):
+    """While the trainer waits, work is done."""
+
+    def __init__(self, run: Run, replica: RolloutQueue, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.admitted: list[tuple[int, int]] = []
+        self._run = run
+        self._replica = replica
+
+    def beat(self) -> None:
+        super().beat()
+        for lease in self._run.take(self._replica):
+            self.admitted.append((lease.item.step, lease.item.min_policy_version))
+            self._run.wait(self._replica.submit(lease, sampled(lease.item)))
+
+
+def rank_0(run: Run, directory: Path, **sections: Any) -> tuple[Rank0Steps, SamplingJournal]:
+    config = a_config(directory, **sections)
+    queue = run.trainer()
+    work = WorkList(config, QUESTIONS, QUESTIONS[:2], encode=lambda question: [question.index])
+    sender = a_sender(run)
+    publish(sender, 0)
+    journal = SamplingJournal(
+        run,
+        run.replica("sampler"),
+        config,
+        version=0,
+        question_of=work.question,
+        decode=str,
+        set_progress=queue.set_progress,
+    )
+
+    def stop_requested() -> bool:
+        return bool(queue.stop_requested())
+
+    steps = Rank0Steps(
+        as_batch, config, work=work, queue=queue, sender=sender, journal=journal, stop_requested=stop_requested
+    )
+    return steps, journal
+
+
+def test_a_step_comes_with_its_groups_in_slot_order(run: Run, tmp_path: Path) -> None:
+    steps, journal = rank_0(run, tmp_path)
+    with TorchReplica(run):
+        first, second = steps.take(1), steps.take(2)
+    assert first is not None
+    assert second is not None
+    assert (first.step, len(first.groups), len(first.rollouts)) == (1, 4, 8)
+    asked = {group.group_id for group in first.groups + second.groups}
+    assert asked == {f"0-{index:06d}" for index in range(8)}
+    assert journal.admitted == [(1, 0)] * 4 + [(2, 1)] * 4
+
+
+def test_staleness_admits_so_many_steps_ahead_but_none_after_the_last(run: Run, tmp_path: Path) -> None:
+    steps, journal = rank_0(run, tmp_path, trainer={"max_staleness": 2, "steps": 2})
+    with TorchReplica(run):
+        assert steps.take(1) is not None
+    assert set(journal.admitted) == {(1, 0), (2, 0)}
+
+
+def test_validation_is_collected_recorded_and_forgotten(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path, validation={"samples": 3})
+    with TorchReplica(run):
+        steps.validate(0)
+    assert len((tmp_path / "validation" / "step-000000.jsonl").read_text().splitlines()) == 2
+    assert run.view.in_flight("validation").finished == 0
+
+
+def test_groups_stay_until_a_checkpoint_holds_their_step(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path)
+    with TorchReplica(run):
+        steps.take(1)
+        steps.take(2)
+    assert run.view.in_flight("train").finished == 8
+    steps.release(1)
+    assert run.view.in_flight("train").finished == 4
+    steps.release(2)
+    assert run.view.in_flight("train").finished == 0
+
+
+def test_a_run_that_was_asked_to_stop_gets_no_further_step(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path)
+    run.redis.set(run.keys("stop"), "SIGINT")
+    assert steps.take(1) is None
+    assert run.view.in_flight("train").waiting == 0
+
+
+def test_without_a_replica_the_wait_ends_by_name(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path, timeouts={"startup_s": 0.1})
+    with pytest.raises(StalledError, match="waits for a rollout replica to serve policy version 0"):
+        steps.take(1)
+    assert run.view.progress()["waiting_for"] == "a rollout replica"
+
+
+def test_other_ranks_take_what_rank_0_collected_and_have_no_queue() -> None:
+    steps = Steps(as_batch)
+    assert steps.take(1) is None
+    steps.validate(0)
+    steps.release(0)
