@@ -14,6 +14,10 @@ COMMANDS = {
     "report": ("retort.cli.report", "write a run's report.html"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
+    "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),
+    "plan": ("retort.cli.plan", "print what a run file amounts to, before anything is started"),
+    "compare": ("retort.cli.compare", "two runs side by side, or a run beside a published one"),
+    "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }
 

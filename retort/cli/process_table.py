@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from redis import Redis
@@ -15,7 +16,7 @@ from redis.retry import Retry
 
 from retort.cli.preflight import redis_url
 from retort.cli.processes import Program
-from retort.config import RunConfig
+from retort.config import ConfigError, RolloutConfig, RunConfig
 
 BAD_START = frozenset({2, 3})
 """A service that ends so was configured wrongly or lacks a dependency; starting it again would not help."""
@@ -39,13 +40,43 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
     url = redis_url(config) or f"redis://127.0.0.1:{redis_port}/0"
     reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
     services = _Services(config, config_file, url, reward)
+    trainer_gpus, *replica_gpus = assign_gpus(visible_gpus(), config.trainer.ranks, config.rollout)
     programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
     if not config.reward.address:
         programs.append(services.reward())
-    for replica, port in enumerate(http_ports):
-        programs.append(services.rollout(replica, config.rollout.port + replica if config.rollout.port else port))
-    programs.append(services.trainer(master_port))
+    for replica, (port, gpus) in enumerate(zip(http_ports, replica_gpus, strict=True)):
+        chosen = config.rollout.port + replica if config.rollout.port else port
+        programs.append(services.rollout(replica, chosen, gpus))
+    programs.append(services.trainer(master_port, trainer_gpus))
     return url, programs
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that a run may use; empty on a machine without any."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [gpu for gpu in chosen.split(",") if gpu]
+    return sorted((device.name.removeprefix("nvidia") for device in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
+def assign_gpus(gpus: list[str], ranks: int, rollout: RolloutConfig) -> list[dict[str, str]]:
+    """Environments of the trainer and of each replica: every process its own GPUs, the trainer's ranks first.
+
+    Without GPUs everybody runs on the CPU. Raises ConfigError when there are some, but too few.
+    """
+    sizes = [ranks, *[rollout.tensor_parallel] * rollout.replicas]
+    if not gpus:
+        return [{} for _ in sizes]
+    if sum(sizes) > len(gpus):
+        raise ConfigError(
+            f"trainer.ranks = {ranks} and rollout.replicas = {rollout.replicas} with rollout.tensor_parallel = "
+            f"{rollout.tensor_parallel} need {sum(sizes)} GPUs, and there are {len(gpus)}. Lower one of them, or set "
+            "CUDA_VISIBLE_DEVICES= (empty) to run on the CPU."
+        )
+    shares, rest = [], iter(gpus)
+    for size in sizes:
+        shares.append({"CUDA_VISIBLE_DEVICES": ",".join(islice(rest, size))})
+    return shares
 
 
 @dataclass(frozen=True)
@@ -66,19 +97,21 @@ class _Services:
             addresses={"grpc": self.reward_address},
         )
 
-    def rollout(self, replica: int, port: int) -> Program:
+    def rollout(self, replica: int, port: int, gpus: Mapping[str, str]) -> Program:
         name = f"rollout-{replica}"
         return self._program(
             name,
             ["-m", "services.rollout", "--name", name],
-            environment={"RETORT_ROLLOUT__PORT": str(port)},
+            environment={"RETORT_ROLLOUT__PORT": str(port), **gpus},
             addresses={"http": f"{self.config.rollout.host}:{port}"},
         )
 
-    def trainer(self, master_port: int) -> Program:
+    def trainer(self, master_port: int, gpus: Mapping[str, str]) -> Program:
         torchrun = ["-m", "retort.cli.torchrun", "--nproc-per-node", str(self.config.trainer.ranks)]
         torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(master_port), "--max-restarts", "0"]
-        return self._program("trainer", [*torchrun, "-m", "services.trainer"], final_exit_codes=TRAINER_ENDS)
+        return self._program(
+            "trainer", [*torchrun, "-m", "services.trainer"], environment=gpus, final_exit_codes=TRAINER_ENDS
+        )
 
     def _program(
         self,
