@@ -138,8 +138,8 @@ def _fact_rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "Updates", f"{updates} a step, learning rate {trainer.learning_rate:g}"
     trained = [line for line in run.metrics if line["step"] > 0]
     if "time" in (run.metrics[0] if run.metrics else {}) and trained:
-        seconds = run.metrics[-1]["time"] - run.metrics[0]["time"]
-        yield "Training time", f"{seconds / 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"
+        minutes, seconds = divmod(round(run.metrics[-1]["time"] - run.metrics[0]["time"]), 60)
+        yield "Training time", f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     speeds = [line["perf/throughput"] for line in trained if "perf/throughput" in line]
     if speeds:
         yield "Throughput", f"{number(sum(speeds) / len(speeds))} tokens/s"

@@ -103,6 +103,12 @@ def test_the_result_is_shown_before_and_after_with_its_change(run_dir: Path) -> 
     assert "Finished, 2 of 2 steps" in page
 
 
+def test_the_training_time_is_in_whole_minutes_and_seconds(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run_dir / "metrics.jsonl", [{**lines[0], "time": 1000.0}, {**lines[-1], "time": 1106.0}])
+    assert "1 min 46 s" in page_of(run_dir)
+
+
 def test_the_page_is_well_formed_and_asks_nothing_of_the_network(run_dir: Path) -> None:
     weights = [1.05] * len("ok")
     write_lines(run_dir / "rollouts/step-000001.jsonl", [a_group(a_rollout("ok", token_weights=weights))])
