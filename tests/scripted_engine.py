@@ -19,7 +19,7 @@ class ScriptedEngine:
     """Answers `<answer>X</answer>` with the letter that the seed stands for, one character a token.
 
     `calls` names what was asked of it. An exception in `failures` is raised by the call of that name, once. While
-    `gate` is closed, completions do not end.
+    `gate` is closed, completions do not end. `died` is set when a test wants its process to be gone.
     """
 
     num_workers = 1
@@ -31,6 +31,7 @@ class ScriptedEngine:
         self.gate.set()
         self.version = -1
         self.digests = [[11, 22]]
+        self.died = asyncio.Event()
 
     async def sample(
         self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
@@ -59,7 +60,7 @@ class ScriptedEngine:
         self._note("abandon")
 
     async def wait_until_dead(self) -> None:
-        await asyncio.Event().wait()
+        await self.died.wait()
 
     def shutdown(self) -> None:
         self._note("shutdown")

@@ -1,5 +1,6 @@
 """The policy: model, optimizer and version, sharded over the trainer ranks with FSDP2."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -99,6 +100,11 @@ class Policy:
         scores: TokenScores = self.model(micro_batch, self._temperature)
         return scores.logprobs
 
+    def drop_gradient(self) -> float:
+        """Forget the accumulated gradients, in place of `step`. Returns a norm that is not finite."""
+        self.optimizer.zero_grad()
+        return math.nan
+
     def step(self, learning_rate: float) -> float:
         """One optimizer update from the accumulated gradients. Returns the gradient norm before clipping.
 
@@ -110,7 +116,7 @@ class Policy:
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        if torch.tensor(grad_norm).isfinite():
+        if math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()

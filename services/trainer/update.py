@@ -69,9 +69,11 @@ def update_policy(
         (share * policy.ranks).backward()
         loss += share.detach().cpu()
         statistics.append(share_statistics.cpu())
-    grad_norm = policy.step(learning_rate)
+    total = float(gather_all(loss).sum())
+    # A loss can be NaN while its gradient is a clean 0, behind a clamp: such an update is no update either.
+    grad_norm = policy.step(learning_rate) if math.isfinite(total) else policy.drop_gradient()
     merged = merge(gather_all(merge(torch.stack(statistics))))
-    return Update(float(gather_all(loss).sum()), grad_norm, learning_rate, merged[:3], merged[3:])
+    return Update(total, grad_norm, learning_rate, merged[:3], merged[3:])
 
 
 def _loss(

@@ -1,4 +1,4 @@
-"""A training step in plain formulas: one process, float64, one sequence at a time, nothing of the trainer's own code."""
+"""A training step in plain formulas: one process, float64, one sequence at a time, none of the trainer's own code."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,5 +94,5 @@ class ReferenceTrainer:
             self.second[name] = 0.999 * self.second[name] + 0.001 * gradient**2
             mean = self.first[name] / (1 - 0.9**self._updates)
             deviation = (self.second[name] / (1 - 0.999**self._updates)).sqrt()
-            parameter *= 1 - learning_rate * self._weight_decay
-            parameter -= learning_rate * mean / (deviation + 1e-8)
+            parameter.mul_(1 - learning_rate * self._weight_decay)
+            parameter.sub_(learning_rate * mean / (deviation + 1e-8))

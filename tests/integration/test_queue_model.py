@@ -6,9 +6,9 @@ from uuid import uuid4
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from tests.integration.queue_run import Run, a_group, an_item, group_ids
 
 from retort.queues import Lease
+from tests.integration.queue_run import Run, a_group, an_item, group_ids
 
 GROUPS = [f"g{i}" for i in range(5)]
 REPLICAS = ["rollout-0", "rollout-1"]

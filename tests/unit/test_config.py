@@ -84,8 +84,8 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
         ),
         ("trainer.steps=0", "--set trainer.steps=0: trainer.steps = 0: Input should be greater than 0."),
         (
-            "method.name=ppo",
-            "--set method.name=ppo: method.name = 'ppo': Input should be 'rlsd' or 'grpo'.",
+            "model.dtype=int8",
+            "--set model.dtype=int8: model.dtype = 'int8': Input should be 'float32' or 'bfloat16'.",
         ),
         ("trainer.steps", "--set trainer.steps: expected section.key=value, for example --set trainer.steps=5"),
         ("name.first=x", "--set name.first=x: name is not a table"),

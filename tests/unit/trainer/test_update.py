@@ -103,6 +103,17 @@ def test_a_gradient_that_is_not_a_number_skips_the_update(mesh: DeviceMesh) -> N
     assert not policy.optimizer.state
 
 
+def test_a_loss_that_is_not_a_number_skips_the_update_though_its_gradient_is(mesh: DeviceMesh) -> None:
+    """Behind the clamp of the ratio the gradient of a NaN is 0, which would pass for a good one."""
+    policy = a_policy(mesh)
+    batch = a_step(policy, [0.5, -0.5])
+    batch.old_logprobs = torch.full_like(batch.old_logprobs, math.nan)
+    before = weights(policy)
+    update = update_policy(policy, batch, [0, 1], RLSD, learning_rate=1.0)
+    assert (math.isnan(update.loss), update.is_finite) == (True, False)
+    assert all(torch.equal(*pair) for pair in zip(weights(policy), before, strict=True))
+
+
 def test_the_teacher_moves_the_weight_of_a_token_within_its_band(mesh: DeviceMesh) -> None:
     """The teacher finds the tokens of both rows far likelier: credit grows by a tenth, blame shrinks by a tenth."""
     policy = a_policy(mesh)

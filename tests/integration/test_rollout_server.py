@@ -1,0 +1,139 @@
+"""A rollout server's tasks together, over real sockets, with a scripted engine: how it starts, drains and ends."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from retort.config import ConfigError
+from retort.queues import Evicted, RolloutQueue, connect_async
+from services.rollout.__main__ import EngineDied, _listen, _run
+from services.rollout.presence import Presence
+from services.rollout.reward_client import RewardClient
+from services.rollout.sampler import Sampler
+from services.rollout.weight_receiver import WeightReceiver
+from tests.integration.queue_run import Run
+from tests.integration.test_sampler import GROUP_SIZE, Replica, ids, reward_service, work
+from tests.scripted_engine import ScriptedEngine, text_of
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@dataclass
+class Server(Replica):
+    """A replica with its HTTP face."""
+
+    url: str = ""
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with httpx.AsyncClient() as http:
+            answer = await http.get(f"{self.url}{path}")
+        return answer.status_code, answer.text
+
+    async def until_healthy(self) -> None:
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    assert await self.get("/healthz") == (200, "ok\n")
+                except httpx.ConnectError:
+                    await asyncio.sleep(0.01)
+                else:
+                    return
+
+
+@asynccontextmanager
+async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "asyncio.Task[None]"]]:
+    """A server that has loaded its engine and serves no version yet, and the task in which it runs."""
+    redis = await connect_async(run.url)
+    queue = RolloutQueue(redis, run.run_id, "rollout-0", 5.0, max_deliveries=2)
+    await queue.declare()
+    reward = RewardClient(reward_address, deadline_s=2.0)
+    engine = ScriptedEngine()
+    receiver = WeightReceiver(engine)
+    sampler = Sampler(
+        name="rollout-0",
+        queue=queue,
+        engine=engine,
+        receiver=receiver,
+        reward=reward,
+        decode=text_of,
+        concurrent_groups=8,
+        lease_s=5.0,
+        max_deliveries=2,
+    )
+    listening = _listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    one = Server(engine, receiver, sampler, run.trainer(), url=url)
+    running = asyncio.create_task(
+        _run(sampler, Presence("rollout-0", url, queue), receiver, engine, listening, one.draining)
+    )
+    try:
+        yield one, running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await reward.close()
+        await redis.aclose()
+
+
+def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(run: Run) -> None:
+    async def story(reward_address: str) -> None:
+        async with server(run, reward_address) as (one, running):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, one.draining.set)
+            await one.until_healthy()
+            await one.load(0)
+            one.engine.gate.clear()
+            await one.issue(work("in-hand"))
+            await one.until(lambda: one.samples() == GROUP_SIZE)
+
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(one.draining.wait(), 5)
+            await asyncio.sleep(1.5)  # longer than the sampler's wait for new work
+            assert await one.get("/readyz") == (200, "serving policy version 0\n")
+            assert not running.done()
+
+            one.engine.gate.set()
+            await asyncio.wait_for(running, 10)
+            assert ids(await one.finished()) == ["in-hand"]
+            with pytest.raises(httpx.ConnectError):
+                await one.get("/healthz")
+
+    with reward_service(port=0) as address:
+        asyncio.run(story(address))
+
+
+def test_a_server_whose_engine_died_ends(run: Run, unused_port: int) -> None:
+    async def story() -> None:
+        async with server(run, f"127.0.0.1:{unused_port}") as (one, running):
+            await one.until_healthy()
+            one.engine.died.set()
+            with pytest.raises(ExceptionGroup) as raised:
+                await asyncio.wait_for(running, 10)
+            assert raised.group_contains(EngineDied, match="the engine's process ended")
+
+    asyncio.run(story())
+
+
+def test_a_server_that_was_evicted_ends(run: Run, unused_port: int) -> None:
+    async def story() -> None:
+        async with server(run, f"127.0.0.1:{unused_port}") as (one, running):
+            await one.until(lambda: "rollout-0" in one.trainer.members())
+            one.trainer.evict("rollout-0")
+            with pytest.raises(ExceptionGroup) as raised:
+                await asyncio.wait_for(running, 10)
+            assert raised.group_contains(Evicted)
+
+    asyncio.run(story())
+
+
+def test_a_port_in_use_is_told_with_the_keys_of_the_run_file() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"rollout.port = {port}: Address already in use. Choose another, or 0."):
+            _listen("127.0.0.1", port)
