@@ -24,9 +24,10 @@ from retort.telemetry import die_with_parent, log_event, start_logging
 from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch, assemble
 from services.trainer.checkpoint import Checkpoints
-from services.trainer.export import export_hugging_face
+from services.trainer.export import Exports
 from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal, RunJournal
+from services.trainer.model_card import ModelCard
 from services.trainer.policy import Policy, load_language_model
 from services.trainer.publish import WeightPublisher
 from services.trainer.questions import Question, decode, encode_prompt, load_questions
@@ -104,8 +105,9 @@ def run(config: RunConfig) -> int:
                 stop_requested=lambda: terminated.is_set() or bool(queue.stop_requested()),
             )
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
-        finished = train(config, policy, teacher, steps, weights, checkpoints, journal)
-        export_hugging_face(policy, config, tokenizer)
+        exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None)
+        finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
+        exports.after_run(policy)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
 

@@ -1,36 +1,131 @@
-"""The policy in Hugging Face format: what `AutoModelForCausalLM.from_pretrained` reads."""
+"""The policies of a run in Hugging Face format: what `AutoModelForCausalLM.from_pretrained` reads.
 
+    hf/  model.safetensors ...  README.md      the last policy, and the model card of them all
+         step-000010/  step-000020/ ...        the policy after every `checkpoint.every` steps
+         best_avg16/                           the policy with the best validation so far
+
+Each is whole or absent. The weights say in their header what they are, so that one rename replaces both.
+"""
+
+import json
+import os
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from retort.config import RunConfig
 from services.trainer.policy import Policy
+from services.trainer.ranks import broadcast_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-def export_hugging_face(policy: Policy, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write `hf/` of the run, in the served dtype; whole or not at all. A collective."""
-    dtype = getattr(torch, config.model.dtype)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in policy.full_tensors():
-        if policy.rank == 0:
-            tensors[name] = tensor.to("cpu", dtype).contiguous()
-    if policy.rank == 0:
-        _write(config.directory / "hf", tensors, config, tokenizer)
+WEIGHTS = "model.safetensors"
+ROOT = "."
 
 
-def _write(
-    directory: Path, tensors: dict[str, Tensor], config: RunConfig, tokenizer: "PreTrainedTokenizerBase"
+@dataclass(frozen=True)
+class Exported:
+    """What exported weights say about themselves."""
+
+    step: int
+    score: float | None
+    """Validation avg@n that was measured on these very weights; None where nobody measured."""
+
+
+def exported(directory: Path) -> Exported | None:
+    """What is in an export's directory; None when there is no whole one."""
+    if not (directory / WEIGHTS).exists():
+        return None
+    with safe_open(directory / WEIGHTS, "pt") as file:
+        said = file.metadata()
+    return Exported(int(said["step"]), float(said["score"]) if "score" in said else None)
+
+
+def _header(export: Exported) -> dict[str, str]:
+    """As `exported` reads it. `format` is what transformers asks for."""
+    score = {} if export.score is None else {"score": repr(export.score)}
+    return {"format": "pt", "step": str(export.step), **score}
+
+
+def hf_directory(config: RunConfig) -> Path:
+    """Where the exports of a run are."""
+    return config.directory / "hf"
+
+
+def best_name(config: RunConfig) -> str:
+    """The directory of the best policy, named after what is compared."""
+    return f"best_avg{config.validation.samples}"
+
+
+class Exports:
+    """Writes the directory `hf/` of a run. Its methods are collectives: rank 0 decides and writes."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase", write_card: Callable[[], None] | None
+    ) -> None:
+        """`write_card` is rank 0's, and called after every export."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._write_card = write_card
+
+    def after_step(self, policy: Policy, score: float | None) -> None:
+        """Export the policy if it is one to keep, or better than every one before.
+
+        `score` is its validation avg@n, which rank 0 alone has to know; None: not validated.
+        """
+        places = []
+        if policy.version % self._config.checkpoint.every == 0:
+            places.append(f"step-{policy.version:06d}")
+        if score is not None and self._is_best(score):
+            places.append(best_name(self._config))
+        self._export(policy, places, score)
+
+    def after_run(self, policy: Policy) -> None:
+        """Export the policy with which the run ended, or stopped."""
+        self._export(policy, [ROOT], None)
+
+    def _is_best(self, score: float) -> bool:
+        # A best of a step that is being trained again, after a crash, stays: score and weights belong together whatever
+        # happened since, and what it replaced is gone.
+        best = exported(hf_directory(self._config) / best_name(self._config))
+        return best is None or best.score is None or score > best.score
+
+    def _export(self, policy: Policy, places: Sequence[str], score: float | None) -> None:
+        places = json.loads(broadcast_bytes(json.dumps(places).encode()))
+        if not places:
+            return
+        dtype = getattr(torch, self._config.model.dtype)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in policy.full_tensors():
+            if policy.rank == 0:
+                tensors[name] = tensor.to("cpu", dtype).contiguous()
+        if policy.rank != 0:
+            return
+        export = Exported(policy.version, score)
+        for place in places:
+            write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
+        if self._write_card:
+            self._write_card()
+
+
+def write_model(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    config: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    export: Exported,
 ) -> None:
-    unfinished = directory.with_suffix(".unfinished")
+    """Write a model whole or not at all; one that is there is replaced at once."""
+    unfinished = hf_directory(config) / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     model_config = AutoConfig.from_pretrained(config.model.path)
@@ -38,6 +133,17 @@ def _write(
     model_config.save_pretrained(unfinished)
     GenerationConfig.from_model_config(model_config).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+    save_file(tensors, unfinished / WEIGHTS, metadata=_header(export))
+    files = sorted((path for path in unfinished.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS)
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if not directory.exists():
+        unfinished.rename(directory)
+        return
+    # All but the weights is the same at every step of a run, so the last rename is the one that counts.
+    for file in files:
+        place = directory / file.relative_to(unfinished)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    shutil.rmtree(unfinished)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 import msgspec
 
@@ -33,8 +34,9 @@ class Steps:
             return None
         return self._assemble(step, msgspec.msgpack.decode(data, type=list[RolloutGroup]))
 
-    def validate(self, version: int) -> None:
-        """Measure a policy version on the validation questions."""
+    def validate(self, version: int) -> float | None:
+        """Measure a policy version on the validation questions: its avg@n over all of them; None if not rank 0."""
+        return None
 
     def release(self, version: int) -> None:
         """Let go of the groups that a durable checkpoint of `version` contains."""
@@ -67,7 +69,7 @@ class Rank0Steps(Steps):
         self._train = GroupReader(queue, "train", self._idle, config.timeouts.stall_s)
         self._validation = GroupReader(queue, "validation", self._idle, config.timeouts.stall_s)
 
-    def validate(self, version: int) -> None:
+    def validate(self, version: int) -> float:
         items = self._work.of_validation(version)
         self._wait_for_a_replica(version)
         with self._journal.timing("validation", waiting_for=f"{len(items)} validation groups of version {version}"):
@@ -75,6 +77,7 @@ class Rank0Steps(Steps):
             groups = self._validation.collect(items)
         self._journal.keep_validation(version, [(group, self._work.question(group)) for group in groups])
         self._validation.release(lambda _: True)
+        return fmean(rollout.reward for group in groups for rollout in group.rollouts)
 
     def release(self, version: int) -> None:
         self._train.release(lambda group: group.step <= version)

@@ -6,6 +6,7 @@ Every rank executes this. What only rank 0 knows (finished groups, replicas, fil
 
 from retort.config import RunConfig
 from services.trainer.checkpoint import Checkpoints
+from services.trainer.export import Exports
 from services.trainer.guards import Guards
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
@@ -23,6 +24,7 @@ def train(
     steps: Steps,
     weights: WeightPublisher,
     checkpoints: Checkpoints,
+    exports: Exports,
     journal: Journal,
 ) -> bool:
     """Run the training steps; step s turns policy version s - 1 into s. False if asked to stop before the last."""
@@ -56,9 +58,11 @@ def train(
         with journal.timing("weight_sync"):
             weights.publish(policy)
         is_last = policy.version == settings.steps
-        if is_last or policy.version % config.validation.every == 0:
-            steps.validate(policy.version)
+        is_validated = is_last or policy.version % config.validation.every == 0
+        score = steps.validate(policy.version) if is_validated else None
         journal.record(batch, updates, weights.report)
+        with journal.timing("checkpoint"):
+            exports.after_step(policy, score)
         if is_last or policy.version % config.checkpoint.every == 0:
             saved_version = save(policy, teacher, steps, checkpoints, journal)
 

@@ -16,6 +16,7 @@ from retort.config import MethodConfig, RunConfig, TrainerConfig
 from retort.rollouts import RolloutGroup
 from services.trainer.batch import StepBatch, assemble
 from services.trainer.checkpoint import MOMENTS, Checkpoints
+from services.trainer.export import Exports
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
 from services.trainer.publish import WeightPublisher
@@ -148,6 +149,7 @@ def a_run(config: RunConfig, rewards: dict[int, list[list[float]]], vocabulary: 
         RecordedSteps(config, rewards),
         WeightPublisher(None, config, policy, probe_ids=[1, 2]),
         Checkpoints(config.directory / "checkpoints", config.checkpoint.keep_last),
+        Exports(config, AutoTokenizer.from_pretrained(TINY), write_card=None),
         Journal(),
     )
     return training_state(policy, teacher)

@@ -100,7 +100,7 @@ def test_staleness_admits_so_many_steps_ahead_but_none_after_the_last(run: Run, 
 def test_validation_is_collected_recorded_and_forgotten(run: Run, tmp_path: Path) -> None:
     steps, _ = rank_0(run, tmp_path, validation={"samples": 3})
     with TorchReplica(run):
-        steps.validate(0)
+        assert steps.validate(0) == 1.0, "every rollout of this replica is right"
     assert len((tmp_path / "validation" / "step-000000.jsonl").read_text().splitlines()) == 2
     assert run.view.in_flight("validation").finished == 0
 

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from services.trainer.batch import StepBatch
 from services.trainer.checkpoint import Checkpoints
+from services.trainer.export import Exports
 from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
@@ -21,7 +22,7 @@ from services.trainer.weight_sender import SyncReport
 from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
 
 
-class Recorder(Steps, WeightPublisher, Journal):
+class Recorder(Steps, WeightPublisher, Exports, Journal):
     """Hands out steps, and writes down what the loop asks of the outside world."""
 
     def __init__(self, logprob: float, stop_before: int) -> None:
@@ -44,8 +45,12 @@ class Recorder(Steps, WeightPublisher, Journal):
     def publish(self, policy: Policy) -> None:
         self.events.append(f"publish {policy.version}")
 
-    def validate(self, version: int) -> None:
+    def validate(self, version: int) -> float:
         self.events.append(f"validate {version}")
+        return version / 4
+
+    def after_step(self, policy: Policy, score: float | None) -> None:
+        self.events.append(f"export {policy.version}, {score}")
 
     def release(self, version: int) -> None:
         self.events.append(f"release {version}")
@@ -83,7 +88,7 @@ def run(
     policy.version = version
     world = Recorder(logprob, stop_before)
     checkpoints = LoggedCheckpoints(directory / "checkpoints", world.events)
-    finished = train(config, policy, Teacher(policy), world, world, checkpoints, world)
+    finished = train(config, policy, Teacher(policy), world, world, checkpoints, world, world)
     return finished, world.events, policy
 
 
@@ -93,9 +98,9 @@ def test_a_run_from_the_beginning_to_the_end(mesh: DeviceMesh, tmp_path: Path) -
     assert policy.version == 3
     assert events == [
         *("publish 0", "validate 0", "record 0"),
-        *("take 1", "publish 1", "record 1, 2 updates"),
-        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "save 2", "release 2"),
-        *("take 3", "publish 3", "validate 3", "record 3, 2 updates", "save 3", "release 3"),
+        *("take 1", "publish 1", "record 1, 2 updates", "export 1, None"),
+        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "export 2, 0.5", "save 2", "release 2"),
+        *("take 3", "publish 3", "validate 3", "record 3, 2 updates", "export 3, 0.75", "save 3", "release 3"),
     ]
 
 
