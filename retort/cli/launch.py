@@ -190,7 +190,7 @@ class LocalRun:
     def _tell(self, seen: Sighting) -> None:
         """Pass on what is new: lines for the user, the panel, status.json."""
         phase = "stopping" if self._stopping else seen.progress.get("phase", "starting")
-        for key, text in milestones(seen, self._config, self._reachable()).items():
+        for key, text in milestones(seen, self._reachable()).items():
             if key not in self._reached:
                 self._reached[key] = text
                 self._screen.say(f"{text} ({time.monotonic() - self._began:.1f} s)")

@@ -77,10 +77,10 @@ class RunWatch:
         )
 
 
-def milestones(seen: Sighting, config: RunConfig, reachable: dict[str, str]) -> dict[str, str]:
+def milestones(seen: Sighting, reachable: dict[str, str]) -> dict[str, str]:
     """What has been reached on the way to the first step: a key for each, and what to tell the user.
 
-    `reachable` maps the names of services that accept connections to their addresses.
+    `reachable` maps the names of services that accept connections to their addresses. One serving replica is enough.
     """
     reached = {}
     for name, title in (("redis", "Valkey"), ("reward", "reward service")):
@@ -92,7 +92,7 @@ def milestones(seen: Sighting, config: RunConfig, reachable: dict[str, str]) -> 
     if seen.progress:
         reached["trainer"] = "trainer ready"
     serving = len(seen.serving())
-    if seen.progress and serving >= config.rollout.replicas:
+    if seen.progress and serving:
         reached["weights"] = f"weights verified on {serving} replica" + ("s" if serving > 1 else "")
     return reached
 

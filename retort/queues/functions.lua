@@ -168,7 +168,11 @@ local function evict(keys, args)
   local refused = refuse_old_epoch(k.fence, args[1])
   if refused then return refused end
   redis.call('HSET', k.evicted, args[2], args[3])
-  redis.call('HDEL', k.members, args[2])
+  -- Its supervisor may have started another in the meantime, which is not to blame.
+  local member = redis.call('HGET', k.members, args[2])
+  if member and cmsgpack.unpack(member).incarnation == args[3] then
+    redis.call('HDEL', k.members, args[2])
+  end
   return 'OK'
 end
 

@@ -89,11 +89,13 @@ class TrainerQueue:
         """The rollout replicas by name. One that is not `alive` stays listed until it is evicted."""
         return self._view.members()
 
-    def evict(self, name: str) -> None:
-        """Strike a replica off the members; its process learns it when it next announces itself."""
-        member = self.members().get(name)
-        if member is not None:
-            self._call("evict", name, member.incarnation)
+    def evict(self, member: Member) -> None:
+        """Strike this process off the members; it learns it at its next announcement and has to restart."""
+        self._call("evict", member.name, member.incarnation)
+
+    def assert_newest(self) -> None:
+        """Raise `Fenced` if a newer trainer has taken over; to be called before a file of the run is written."""
+        self._call("open")
 
     def set_progress(self, **fields: str | int | float) -> None:
         """Say what the trainer is doing, for `retort status` and the live panel."""

@@ -78,8 +78,11 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
             max_deliveries=config.rollout.max_deliveries,
         )
         log_event("engine_loaded", url=presence.url)
-        await _run(sampler, presence, receiver, engine, listening, draining)
-        await queue.leave()
+        try:
+            await _run(sampler, presence, receiver, engine, listening, draining)
+        finally:
+            # Also when the engine died: what was in hand is others' at once, and no failure of the work.
+            await queue.leave()
         await reward.close()
     finally:
         engine.shutdown()

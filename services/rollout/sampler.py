@@ -83,10 +83,9 @@ class Sampler:
             if not await self.receiver.wait_until_serving(lease.item.min_policy_version, self.lease_s):
                 await self.queue.give_back(lease)
                 return
+            epoch = self.receiver.epoch
             group = await self._group(lease.item)
-            # Tokens of a version that is still being verified wait here; if it fails, the group is sampled again.
-            newest = max((max(rollout.policy_versions, default=0) for rollout in group.rollouts), default=0)
-            if not await self.receiver.wait_until_serving(newest, self.lease_s):
+            if not await self._may_be_submitted(lease.item, group, epoch):
                 await self.queue.give_back(lease)
                 return
             outcome = await self.queue.submit(lease, group)
@@ -109,6 +108,20 @@ class Sampler:
                 # Absent where this process slept so long that it was given its own work again.
                 self.in_hand.pop(lease.entry_id, None)
                 self._finished.notify_all()
+
+    async def _may_be_submitted(self, item: WorkItem, group: RolloutGroup, epoch: int) -> bool:
+        """Whether every token comes from a policy that was committed and that the item allows; else sample again.
+
+        Tokens of a version that is still being verified wait here. Versions of another trainer's epoch say nothing:
+        after a restart the same number may be other weights.
+        """
+        versions = {version for rollout in group.rollouts for version in rollout.policy_versions}
+        if not versions:
+            return True
+        if not await self.receiver.wait_until_serving(max(versions), self.lease_s) or self.receiver.epoch != epoch:
+            return False
+        fresh = min(versions) >= item.min_policy_version
+        return fresh and (item.kind == "train" or versions == {item.step})
 
     async def _group(self, item: WorkItem) -> RolloutGroup:
         async with _timed(metrics.GENERATE_SECONDS.observe) as generate_seconds:

@@ -59,8 +59,7 @@ class VLLMEngine:
             )
         )
         self.num_workers = config.rollout.tensor_parallel
-        # The weights that vLLM read from disk belong to no policy version: nobody has verified them.
-        self._version = -1
+        self._loads = 0
 
     async def sample(
         self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
@@ -83,17 +82,19 @@ class VLLMEngine:
         completion = output.outputs[0]
         ids = list(completion.token_ids)
         assert completion.logprobs is not None and completion.weight_versions is not None
-        versions = [0] * len(ids)
+        versions = [-1] * len(ids)
         for span in completion.weight_versions:
             versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+        assert -1 not in versions, f"vLLM says of no weights that they sampled tokens of a completion: {versions}"
         reason: Literal["stop", "length"] = "stop" if completion.finish_reason == "stop" else "length"
         positions = zip(completion.logprobs, ids, strict=True)
         logprobs = [position[token].logprob for position, token in positions if position]
         return Sampled(ids, logprobs, versions, reason)
 
     async def _generate(self, prompt_ids: Sequence[int], parameters: SamplingParams, priority: int) -> RequestOutput:
-        # The salt keeps prompts that were prefilled under other weights out of the prefix cache.
-        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=str(self._version))
+        # The salt keeps what was prefilled under other weights out of the prefix cache. It counts loads: a version that
+        # a restarted trainer makes again need not be the same weights.
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=str(self._loads))
         async for output in self._llm.generate(prompt, parameters, uuid.uuid4().hex, priority=priority):
             if output.finished:
                 return output
@@ -112,7 +113,7 @@ class VLLMEngine:
 
     async def load(self, version: int) -> None:
         await self._llm.finish_weight_update(weight_version=str(version))
-        self._version = version
+        self._loads += 1
         await self._llm.resume_generation()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:

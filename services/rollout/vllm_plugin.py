@@ -56,12 +56,14 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.digests: list[int] = []
+        self.is_loading = False
 
     def init_transfer_engine(self, init_info: NothingToInit) -> None:
         """Nothing to do; see `NothingToInit`."""
 
     def start_weight_update(self) -> None:
         self.digests = []
+        self.is_loading = True
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
@@ -84,6 +86,7 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        self.is_loading = False
         lm_head = getattr(self.model, "lm_head", None)
         if self.device.type == "cpu" and lm_head is not None:
             # vLLM's CPU build keeps a packed copy of the head. With tied embeddings nothing loads "lm_head", so
@@ -105,6 +108,8 @@ class WorkerExtension:
 
     def abandon_weight_update(self) -> None:
         """Close an update that failed half-way. The weights are unusable until the next full update."""
-        if self._weight_update_active:
+        # vLLM drops its own flag when receiving fails, but the layers still hold what had arrived for them, and would
+        # count it again in the next update.
+        if self.weight_transfer_engine.is_loading:
             self.weight_transfer_engine.finish_weight_update()
-            self._weight_update_active = False
+        self._weight_update_active = False

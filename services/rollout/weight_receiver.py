@@ -32,7 +32,8 @@ class WeightReceiver:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._epoch = 0
+        self.epoch = 0
+        """Of the newest trainer that has asked for anything. A version means something only within it."""
         self._phase = "joining"
         self._pending: PrepareRequest | None = None
         self._changed = asyncio.Condition()
@@ -46,13 +47,14 @@ class WeightReceiver:
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Freeze generation and expect `request.version`. Repeating it after a failure is allowed."""
-        if request.epoch < self._epoch:
-            raise RefusedError(f"trainer epoch {request.epoch} is over: epoch {self._epoch} has taken over")
         async with self._one_at_a_time:
-            if self._phase in ("prepared", "received"):
-                await self._engine.abandon()
-            self._epoch, self._pending = request.epoch, request
+            # Before anything is awaited: two trainers may be calling, and the older one must find the newer epoch.
+            self._refuse_older(request.epoch)
+            was_updating = self._phase in ("prepared", "received")
+            self.epoch, self._pending = request.epoch, request
             await self._move("joining")
+            if was_updating:
+                await self._engine.abandon()
             await self._engine.prepare()
             await self._move("prepared")
             return PrepareReply(num_workers=self._engine.num_workers)
@@ -77,7 +79,8 @@ class WeightReceiver:
     async def commit(self, request: CommitRequest) -> CommitRequest:
         """Serve the verified version. A repeated commit (its answer was lost) changes nothing."""
         async with self._one_at_a_time:
-            if self.served_version == request.version:
+            self._refuse_older(request.epoch)
+            if self.served_version == request.version and self.epoch == request.epoch:
                 return request
             pending = self._expect("verifying", request.epoch)
             if pending.version != request.version:
@@ -106,10 +109,14 @@ class WeightReceiver:
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(lambda: self._phase != phase)
 
+    def _refuse_older(self, epoch: int) -> None:
+        if epoch < self.epoch:
+            raise RefusedError(f"trainer epoch {epoch} is over: epoch {self.epoch} has taken over")
+
     def _expect(self, phase: str, epoch: int) -> PrepareRequest:
-        if epoch != self._epoch or phase != self._phase or self._pending is None:
+        if epoch != self.epoch or phase != self._phase or self._pending is None:
             raise RefusedError(
-                f"expected phase {phase} of epoch {epoch}, but this replica is in {self._phase} of epoch {self._epoch}"
+                f"expected phase {phase} of epoch {epoch}, but this replica is in {self._phase} of epoch {self.epoch}"
             )
         return self._pending
 

@@ -94,6 +94,7 @@ def run(config: RunConfig) -> int:
                 question_of=work.question,
                 decode=partial(decode, tokenizer),
                 set_progress=queue.set_progress,
+                assert_newest=queue.assert_newest,
             )
             steps = Rank0Steps(
                 assemble_step,

@@ -120,8 +120,8 @@ class GroupReader:
 
     queue: TrainerQueue
     kind: Kind
-    idle: Callable[[], None]
-    """Called while waiting: keeps replicas current."""
+    idle: Callable[[float], None]
+    """Called while waiting, with the seconds since something last came: keeps replicas current."""
     stall_s: float
     _cursor: str = "0"
     _groups: dict[str, RolloutGroup] = field(default_factory=dict)
@@ -133,8 +133,7 @@ class GroupReader:
         Raises StalledError, naming what is missing, when none arrives for `stall_s` or one has been given up.
         """
         awaited = {item.group_id: item for item in items}
-        deadline = time.monotonic() + self.stall_s
-        issue_again = time.monotonic() + ISSUE_AGAIN_S
+        last_arrival = asked = time.monotonic()
         while missing := [item for group_id, item in awaited.items() if group_id not in self._groups]:
             arrived = self.queue.read_groups(self.kind, self._cursor, POLL_S, len(missing))
             for entry_id, group in arrived:
@@ -142,16 +141,16 @@ class GroupReader:
                 self._groups[group.group_id] = group
                 self._entries.setdefault(group.group_id, []).append(entry_id)
             now = time.monotonic()
+            last_arrival = now if arrived else last_arrival
+            self.idle(now - last_arrival)
             if arrived:
-                deadline = now + self.stall_s
                 continue
-            self.idle()
             self._give_up_on_dead(missing)
-            if now > issue_again:
+            if now - asked > ISSUE_AGAIN_S:
                 # What Redis forgot, or what arrived damaged, is asked for again; the rest is left alone.
                 self.queue.issue(missing)
-                issue_again = now + ISSUE_AGAIN_S
-            if now > deadline:
+                asked = now
+            if now - last_arrival > self.stall_s:
                 raise StalledError(self._stalled(missing))
         return [self._groups[item.group_id] for item in items]
 

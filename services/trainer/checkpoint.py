@@ -70,8 +70,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _sync(self._directory)
-            for old in self._all()[: -self._keep_last]:
-                shutil.rmtree(old)
+            self._tidy(policy.version)
         dist.barrier()
 
     def load(self, policy: Policy, teacher: Teacher) -> bool:
@@ -95,6 +94,18 @@ class Checkpoints:
         policy.version = state.version
         return True
 
+    def _tidy(self, version: int) -> None:
+        """Delete what this version has made unnecessary: older ones beyond `keep_last`, later ones of a lost timeline.
+
+        A run that resumed from an earlier checkpoint leaves later ones behind, damaged or of a future that is not
+        this run's any more.
+        """
+        mine = [path for path in self._all() if _version_of(path) <= version]
+        for path in set(self._all()) - set(mine[-self._keep_last :]):
+            shutil.rmtree(path)
+        for path in self._directory.glob("*.unfinished"):
+            shutil.rmtree(path)
+
     def _all(self) -> list[Path]:
         found = self._directory.glob("step-*") if self._directory.exists() else ()
         return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
@@ -107,6 +118,10 @@ class Checkpoints:
                 return path
             log_event("checkpoint_damaged", logging.ERROR, path=path, problem=problem, action="trying the one before")
         return "damaged" if candidates else None
+
+
+def _version_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _named_shards(policy: Policy, teacher: Teacher) -> Iterator[tuple[str, Tensor]]:

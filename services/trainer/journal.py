@@ -52,6 +52,9 @@ class Journal:
     def beat(self) -> None:
         """Say that it is still doing it."""
 
+    def assert_newest(self) -> None:
+        """Raise `Fenced` if a newer trainer has taken over this run: then its files are no longer ours to write."""
+
     def record_untrained(self) -> None:
         """The line of step 0."""
 
@@ -74,8 +77,9 @@ class RunJournal(Journal):
         question_of: Callable[[RolloutGroup], Question],
         decode: Decode,
         set_progress: Callable[..., None],
+        assert_newest: Callable[[], None],
     ) -> None:
-        """Cuts metrics.jsonl back to `version`, from which the run goes on."""
+        """Cuts the files back to `version`, from which the run goes on. `assert_newest` raises in a fenced trainer."""
         super().__init__()
         self._config = config
         self._directory = config.directory
@@ -83,9 +87,13 @@ class RunJournal(Journal):
         self._question_of = question_of
         self._decode = decode
         self._set_progress = set_progress
+        self._assert_newest = assert_newest
         self._step_started = time.perf_counter()
         self._validation: dict[str, float] = {}
         _cut_back(self._directory / "metrics.jsonl", version)
+        for groups in (*self._directory.glob("rollouts/step-*"), *self._directory.glob("validation/step-*")):
+            if int(groups.stem.removeprefix("step-")) > version:
+                groups.unlink()
 
     def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
         now = time.time()
@@ -96,11 +104,16 @@ class RunJournal(Journal):
     def beat(self) -> None:
         self._set_progress(updated=time.time())
 
+    def assert_newest(self) -> None:
+        self._assert_newest()
+
     def record_untrained(self) -> None:
+        self._assert_newest()
         self._append(0, {})
 
     def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
         super().record(batch, updates, report)
+        self._assert_newest()
         self._version = batch.step
         longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
         metrics = step_metrics(batch, updates, longest, max_ratio)
@@ -130,6 +143,7 @@ class RunJournal(Journal):
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started
         tokens = metrics.get("perf/total_num_tokens", 0.0)
+        not_training = sum(self._seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
         line = {
             "step": step,
             "time": time.time(),
@@ -138,10 +152,10 @@ class RunJournal(Journal):
             **self._validation,
             **{f"timing_s/{name}": seconds for name, seconds in self._seconds.items()},
             "timing_s/step": elapsed,
-            **({"perf/throughput": tokens / elapsed} if tokens else {}),
+            **({"perf/throughput": tokens / (elapsed - not_training)} if tokens else {}),
         }
         with (self._directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
@@ -176,7 +190,10 @@ def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """A whole file or none: a step that is trained again after a crash replaces its file, so no group appears twice."""
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    with unfinished.open("wb") as file:
+        file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
 
 

@@ -31,7 +31,7 @@ def step_metrics(
         **loss_metrics(merge(torch.stack([update.loss_statistics for update in updates]))),
         **weight_metrics(merge(torch.stack([update.weight_statistics for update in updates]))),
         **_engine(batch, max_rollout_ratio),
-        "actor/pg_loss": mean(update.loss for update in updates),
+        "actor/pg_loss": mean(update.loss for update in learned) if learned else 0.0,
         "actor/grad_norm": mean(update.grad_norm for update in learned) if learned else 0.0,
         "actor/lr": updates[0].learning_rate,
         "actor/updates_skipped": len(updates) - len(learned),

@@ -18,31 +18,45 @@ from services.trainer.weight_sender import WeightSender
 
 MAX_REFILLS = 3
 """Then a step is made up with groups that teach nothing: their share of the loss is 0, its denominator stays."""
+TICK, TICK_EVERY_S = b"still waiting", 20.0
+DONE = b"done"
+STOP_PATIENCE_S = 10.0
+"""A request to stop lets a step finish, unless nothing has come for so long."""
 Assemble = Callable[[int, list[RolloutGroup]], StepBatch]
 
 
+class StopRequested(Exception):
+    """The run was asked to stop while the trainer waited for something that does not come."""
+
+
 class Steps:
-    """The steps of a run as batches. `take` is a collective; rank 0 alone has a queue, as `Rank0Steps`."""
+    """The steps of a run as batches. `take` and `validate` are collectives; rank 0 has a queue, as `Rank0Steps`."""
 
     def __init__(self, assemble: Assemble) -> None:
         self._assemble = assemble
 
     def take(self, step: int) -> StepBatch | None:
         """The step's data, or None when the run was asked to stop."""
-        data = broadcast_bytes(self._collect(step))
-        if not data:
-            return None
-        return self._assemble(step, msgspec.msgpack.decode(data, type=list[RolloutGroup]))
+        return self._batch(step, _follow())
 
     def validate(self, version: int) -> float | None:
         """Measure a policy version on the validation questions: its avg@n over all of them; None if not rank 0."""
+        del version
+        _follow()
         return None
 
     def release(self, version: int) -> None:
         """Let go of the groups that a durable checkpoint of `version` contains."""
 
-    def _collect(self, step: int) -> bytes:
-        return b""
+    def _batch(self, step: int, groups: bytes) -> StepBatch | None:
+        return self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup])) if groups else None
+
+
+def _follow() -> bytes:
+    """What rank 0 says when it has done waiting. Its ticks keep this wait shorter than the ranks' timeout."""
+    while (data := broadcast_bytes(b"")) == TICK:
+        pass
+    return data
 
 
 class Rank0Steps(Steps):
@@ -66,10 +80,26 @@ class Rank0Steps(Steps):
         self._sender = sender
         self._journal = journal
         self._stop_requested = stop_requested
+        self._last_tick = time.monotonic()
         self._train = GroupReader(queue, "train", self._idle, config.timeouts.stall_s)
         self._validation = GroupReader(queue, "validation", self._idle, config.timeouts.stall_s)
 
-    def validate(self, version: int) -> float:
+    def take(self, step: int) -> StepBatch | None:
+        try:
+            groups = b"" if self._stop_requested() else self._collect(step)
+        except StopRequested:
+            groups = b""
+        return self._batch(step, broadcast_bytes(groups))
+
+    def validate(self, version: int) -> float | None:
+        try:
+            return self._validate(version)
+        except StopRequested:
+            return None
+        finally:
+            broadcast_bytes(DONE)
+
+    def _validate(self, version: int) -> float:
         items = self._work.of_validation(version)
         self._wait_for_a_replica(version)
         with self._journal.timing("validation", waiting_for=f"{len(items)} validation groups of version {version}"):
@@ -83,8 +113,6 @@ class Rank0Steps(Steps):
         self._train.release(lambda group: group.step <= version)
 
     def _collect(self, step: int) -> bytes:
-        if self._stop_requested():
-            return b""
         self._wait_for_a_replica(step - 1)
         with self._journal.timing("wait_groups", waiting_for=f"the groups of step {step}", step=step):
             last = min(step + self._config.trainer.max_staleness, self._config.trainer.steps)
@@ -105,20 +133,25 @@ class Rank0Steps(Steps):
             groups = teaching + self._train.collect(items) + idle[len(items) :]
         return groups
 
-    def _idle(self) -> None:
+    def _idle(self, waited_s: float) -> None:
         """While waiting: show a sign of life, and bring replicas that (re)joined to the policy."""
         self._journal.beat()
         self._sender.sync()
+        if waited_s > STOP_PATIENCE_S and self._stop_requested():
+            raise StopRequested
+        if time.monotonic() - self._last_tick > TICK_EVERY_S:
+            broadcast_bytes(TICK)
+            self._last_tick = time.monotonic()
 
     def _wait_for_a_replica(self, version: int) -> None:
         if self._sender.sync():
             return
         startup_s = self._config.timeouts.startup_s
         with self._journal.timing("wait_replica", waiting_for="a rollout replica"):
-            deadline = time.monotonic() + startup_s
+            started = time.monotonic()
             while not self._sender.sync():
-                self._journal.beat()
-                if time.monotonic() > deadline:
+                self._idle(time.monotonic() - started)
+                if time.monotonic() - started > startup_s:
                     raise StalledError(
                         f"trainer waits for a rollout replica to serve policy version {version}, and none did within "
                         f"{startup_s:.0f} s (timeouts.startup_s). See logs/rollout-*.log."

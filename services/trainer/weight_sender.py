@@ -6,6 +6,7 @@ a version only after its digests equalled the sender's and its log-probs of the 
 
 import asyncio
 import logging
+import math
 import socket
 import time
 import uuid
@@ -230,9 +231,12 @@ class WeightSender:
         return kept
 
     def _probe_problem(self, reply: ProbeReply) -> str:
+        if len(reply.logprobs) != len(self._probe.logprobs):
+            return f"it answered {len(reply.logprobs)} log-probs of the probe prompt's {len(self._probe.logprobs)}"
         gaps = [abs(ours - theirs) for ours, theirs in zip(self._probe.logprobs, reply.logprobs, strict=True)]
-        gap = max(gaps, default=0.0)
-        if not gap <= self._config.max_probe_gap:
+        # NaN is larger than any limit, wherever it stands; max() alone would lose it.
+        gap = max((math.inf if math.isnan(gap) else gap for gap in gaps), default=0.0)
+        if gap > self._config.max_probe_gap:
             return (
                 f"its log-probs of the probe prompt differ from the trainer's by up to {gap:.3g}, and "
                 f"weight_sync.max_probe_gap is {self._config.max_probe_gap:g}: it does not hold what was sent"
@@ -242,7 +246,7 @@ class WeightSender:
 
     def _evict(self, member: Member, phase: str, reason: str) -> None:
         log_event("replica_evicted", logging.ERROR, replica=member.name, phase=phase, reason=reason)
-        self._queue.evict(member.name)
+        self._queue.evict(member)
 
 
 def _digest_problem(reply: TransferReply, snapshot: Snapshot) -> str:

@@ -16,11 +16,11 @@ from tests.integration.queue_run import Run, a_group, a_member, an_item
 ITEMS = [an_item(f"0-{index:06d}") for index in range(4)]
 
 
-def nothing() -> None:
+def nothing(waited_s: float) -> None:
     """What a reader does while it waits."""
 
 
-def a_reader(run: Run, idle: Callable[[], None] = nothing, stall_s: float = 30.0) -> GroupReader:
+def a_reader(run: Run, idle: Callable[[float], None] = nothing, stall_s: float = 30.0) -> GroupReader:
     reader = GroupReader(run.trainer(), "train", idle, stall_s)
     reader.queue.issue(ITEMS)
     return reader
@@ -47,11 +47,12 @@ def test_groups_that_arrive_while_waiting_are_waited_for(run: Run) -> None:
     replica = run.replica()
     leases = []
 
-    def sample_one() -> None:
+    def sample_one(_: float) -> None:
         if not leases:
             leases.extend(run.take(replica))
-        lease = leases.pop()
-        run.wait(replica.submit(lease, a_group(lease)))
+        if leases:
+            lease = leases.pop()
+            run.wait(replica.submit(lease, a_group(lease)))
 
     assert ids(a_reader(run, idle=sample_one).collect(ITEMS)) == ids(ITEMS)
 
@@ -92,7 +93,7 @@ def test_what_redis_forgot_is_issued_again(run: Run, monkeypatch: pytest.MonkeyP
     replica = run.replica()
     forgotten = []
 
-    def forget_then_sample() -> None:
+    def forget_then_sample(_: float) -> None:
         if not forgotten:
             run.empty()
             forgotten.append(True)
@@ -144,11 +145,12 @@ def test_every_arrival_starts_the_patience_again(run: Run) -> None:
     replica = run.replica()
     leases = []
 
-    def sample_slowly() -> None:
+    def sample_slowly(_: float) -> None:
         if not leases:
             leases.extend(run.take(replica))
-        lease = leases.pop()
-        run.wait(replica.submit(lease, a_group(lease)))
+        if leases:
+            lease = leases.pop()
+            run.wait(replica.submit(lease, a_group(lease)))
 
     # Four groups, each found after one poll of 0.25 s without any: one second in all, and never 0.8 s without one.
     assert len(a_reader(run, idle=sample_slowly, stall_s=0.8).collect(ITEMS)) == 4

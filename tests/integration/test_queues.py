@@ -262,13 +262,15 @@ def test_an_old_trainer_can_issue_publish_commit_and_evict_nothing(run: Run) -> 
     run.wait(replica.submit(lease, a_group(lease)))
     run.wait(replica.announce(a_member()))
     [(entry_id, _)] = old.read_groups("train", "0", 0, 10)
+    member = old.members()["rollout-0"]
     run.trainer(epoch=8)
     for write in (
         old.open,
         lambda: old.issue([an_item("g1")]),
         lambda: old.publish(1, "digest"),
         lambda: old.commit("train", [(entry_id, "g0")]),
-        lambda: old.evict("rollout-0"),
+        lambda: old.evict(member),
+        old.assert_newest,
     ):
         with pytest.raises(Fenced, match="epoch 7 was replaced by epoch 8"):
             write()
@@ -321,11 +323,18 @@ def test_a_policy_version_never_falls_within_an_epoch_and_may_in_the_next(run: R
 def test_an_evicted_process_cannot_return_but_its_successor_can(run: Run) -> None:
     trainer, replica = run.trainer(), run.replica()
     run.wait(replica.announce(a_member(incarnation="first")))
-    trainer.evict("rollout-0")
+    trainer.evict(a_member(incarnation="first"))
     with pytest.raises(Evicted, match="rollout-0 was evicted"):
         run.wait(replica.announce(a_member(incarnation="first")))
     assert trainer.members() == {}
     run.wait(replica.announce(a_member(incarnation="second")))
+    assert trainer.members() == {"rollout-0": a_member(incarnation="second")}
+
+
+def test_a_late_eviction_does_not_strike_the_successor(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    run.wait(replica.announce(a_member(incarnation="second")))
+    trainer.evict(a_member(incarnation="first"))
     assert trainer.members() == {"rollout-0": a_member(incarnation="second")}
 
 

@@ -124,7 +124,7 @@ def test_a_server_that_was_evicted_ends(run: Run, unused_port: int) -> None:
     async def story() -> None:
         async with server(run, f"127.0.0.1:{unused_port}") as (one, running):
             await one.until(lambda: "rollout-0" in one.trainer.members())
-            one.trainer.evict("rollout-0")
+            one.trainer.evict(one.trainer.members()["rollout-0"])
             with pytest.raises(ExceptionGroup) as raised:
                 await asyncio.wait_for(running, 10)
             assert raised.group_contains(Evicted)

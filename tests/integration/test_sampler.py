@@ -343,7 +343,7 @@ def test_the_members_show_what_a_replica_serves_until_the_trainer_evicts_it(run:
             await one.receiver.commit(CommitRequest(epoch=1, version=1))
             await one.until(lambda: one.trainer.members()["rollout-0"].policy_version == 1)
 
-            one.trainer.evict("rollout-0")
+            one.trainer.evict(one.trainer.members()["rollout-0"])
             with pytest.raises(Evicted, match="rollout-0 was evicted by the trainer; it must restart"):
                 await asyncio.wait_for(following, 5.0)
             assert one.trainer.members() == {}

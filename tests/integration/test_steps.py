@@ -67,6 +67,7 @@ def rank_0(run: Run, directory: Path, **sections: Any) -> tuple[Rank0Steps, Samp
         question_of=work.question,
         decode=str,
         set_progress=queue.set_progress,
+        assert_newest=queue.assert_newest,
     )
 
     def stop_requested() -> bool:

@@ -24,21 +24,19 @@ def member(name: str, **changes: object) -> Member:
 
 def test_a_loading_replica_has_reached_nothing() -> None:
     seen = Sighting(members={"rollout-0": member("rollout-0", state="loading", policy_version=None)})
-    assert milestones(seen, CONFIG, {}) == {}
+    assert milestones(seen, {}) == {}
 
 
-def test_weights_are_verified_when_every_replica_serves_a_version() -> None:
-    joining = member("rollout-1", state="joining", policy_version=None)
-    seen = Sighting(progress={"phase": "train"}, members={"rollout-0": member("rollout-0"), "rollout-1": joining})
-    assert list(milestones(seen, CONFIG, {})) == ["rollout-0", "rollout-1", "trainer"]
+def test_a_run_has_started_when_one_replica_serves_a_verified_version() -> None:
+    joining = [member(name, state="joining", policy_version=None) for name in ("rollout-0", "rollout-1")]
+    seen = Sighting(progress={"phase": "train"}, members={one.name: one for one in joining})
+    assert list(milestones(seen, {})) == ["rollout-0", "rollout-1", "trainer"]
     seen.members["rollout-1"] = member("rollout-1")
-    assert milestones(seen, CONFIG, {})["weights"] == "weights verified on 2 replicas"
+    assert milestones(seen, {})["weights"] == "weights verified on 1 replica"
 
 
 def test_services_that_accept_connections_are_named_with_their_address() -> None:
-    assert milestones(Sighting(), CONFIG, {"reward": "127.0.0.1:4711"}) == {
-        "reward": "reward service ready on 127.0.0.1:4711"
-    }
+    assert milestones(Sighting(), {"reward": "127.0.0.1:4711"}) == {"reward": "reward service ready on 127.0.0.1:4711"}
 
 
 def test_a_run_stalls_when_its_state_stays_the_same_for_longer_than_the_limit() -> None:

@@ -30,6 +30,7 @@ def a_journal(directory: Path, progress: dict[str, Any], version: int = 0) -> Ru
         question_of=lambda group: QUESTIONS[int(group.group_id.rpartition("-")[2])],
         decode=lambda ids: " ".join(map(str, ids)),
         set_progress=lambda **fields: progress.update(fields),
+        assert_newest=lambda: None,
     )
 
 
