@@ -49,7 +49,7 @@ class TrainerQueue:
         """Up to `limit` finished groups after `cursor` ("0": from the start), oldest first, with entry ids.
 
         Waits up to `block_s` seconds (5 at most) for one. Nothing is removed: the next cursor is the last
-        entry id, and it belongs into the checkpoint. Damaged entries are quarantined and not returned.
+        entry id. Damaged entries are quarantined and not returned.
         After Redis lost its last seconds a group can come twice, under two entry ids: the caller trains on
         one of them and hands both to `commit`.
         """
