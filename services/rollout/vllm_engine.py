@@ -52,8 +52,8 @@ class VLLMEngine:
                 # ("CPU Generator does not use offset").
                 enable_chunked_prefill=False if on_cpu else None,
                 max_num_batched_tokens=max(config.model.max_length, 8192) if on_cpu else None,
-                # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not load
-                # there), and needs a C++ compiler.
+                # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not
+                # load there), and needs a C++ compiler.
                 enforce_eager=on_cpu,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
