@@ -27,7 +27,7 @@ A work entry:  waiting ─take─► leased ─submit─► gone
 Only the functions in functions.lua write these keys, except progress and stop. Each is atomic and idempotent
 by group id or entry id, so every call may be repeated when its reply was lost. Trainer calls carry the epoch of
 their trainer; one that is not the newest gets `Fenced` and has changed nothing.
-The trainer reads groups from a cursor of its own, after a restart from the beginning, and groups leave only in `commit`.
+The trainer reads groups from a cursor of its own, after a restart from the beginning; groups leave only in `commit`.
 What Redis forgets is therefore redone, never lost: a waiting trainer issues again whatever it still awaits.
 """
 

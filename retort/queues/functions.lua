@@ -81,6 +81,12 @@ local function let_go(stream, consumer, pending, lease_ms)
   end
 end
 
+local function all_pending(stream)
+  ensure_consumer_group(stream)
+  local count = redis.call('XPENDING', stream, CONSUMER_GROUP)[1]
+  return count > 0 and redis.call('XPENDING', stream, CONSUMER_GROUP, '-', '+', count) or {}
+end
+
 -- Trainer ---------------------------------------------------------------------------------------------------------
 
 local function open(keys, args)
@@ -144,12 +150,16 @@ local function withdraw(keys, args)
   local refused = refuse_old_epoch(k.fence, args[1])
   if refused then return refused end
   local removed = 0
+  -- Entry by entry: deleting the stream would break the reads of replicas that are waiting at it.
   for _, stream in ipairs({k.work[args[2]], k.groups[args[2]]}) do
     for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+')) do
       redis.call('HDEL', k.state, entry[2][2])
+      redis.call('XDEL', stream, entry[1])
       removed = removed + 1
     end
-    redis.call('DEL', stream)
+  end
+  for _, pending in ipairs(all_pending(k.work[args[2]])) do
+    redis.call('XACK', k.work[args[2]], CONSUMER_GROUP, pending[1])
   end
   return removed
 end

@@ -107,7 +107,8 @@ def library_is_there(error: ResponseError) -> bool:
 
 
 def consumer_group_is_missing(error: ResponseError) -> bool:
-    return "NOGROUP" in str(error)
+    # UNBLOCKED is what a waiting read gets when its stream is deleted under it, as by FLUSHALL.
+    return str(error).startswith(("NOGROUP", "UNBLOCKED"))
 
 
 def refusal(error: ResponseError, *, epoch: int = 0, who: str = "") -> Exception:

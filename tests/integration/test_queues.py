@@ -365,3 +365,31 @@ def test_the_oldest_lease_names_its_holder_and_its_idle_time(run: Run) -> None:
     assert (lease.replica, lease.deliveries) == ("rollout-0", 1)
     assert 0 <= lease.idle_s < 60
     assert run.view.counts()["train"] == InFlight(waiting=0, leased=2, finished=0)
+
+
+def test_withdrawn_validation_is_forgotten_and_training_is_not(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    trainer.issue([an_item("v0-0", kind="validation"), an_item("v0-1", kind="validation"), an_item("g0")])
+    leased, submitted, training = run.take(replica)
+    run.wait(replica.submit(submitted, a_group(submitted)))
+    assert trainer.withdraw("validation") == 2
+    assert run.wait(replica.submit(leased, a_group(leased))) == "unknown"
+    assert trainer.read_groups("validation", "0", 0, 10) == []
+    assert (trainer.in_flight("validation").waiting, trainer.in_flight("validation").leased) == (0, 0)
+    assert run.wait(replica.submit(training, a_group(training))) == "stored"
+    assert trainer.issue([an_item("v0-0", kind="validation")]) == ["new"]
+
+
+def test_a_replica_that_waits_for_work_survives_a_withdrawal(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    run.wait(replica.declare())
+
+    async def withdraw_while_it_waits() -> list[Lease]:
+        waiting = asyncio.create_task(replica.take(1, 5.0))
+        while not any(client["cmd"] == "xreadgroup" for client in run.redis.client_list()):
+            await asyncio.sleep(0.01)
+        trainer.withdraw("validation")
+        trainer.issue([an_item("g0")])
+        return await waiting
+
+    assert [lease.item.group_id for lease in run.wait(withdraw_while_it_waits())] == ["g0"]
