@@ -23,7 +23,7 @@ import psutil  # type: ignore[import-untyped]
 from retort.telemetry import LAUNCHER_PID, die_with_parent
 
 _PR_SET_CHILD_SUBREAPER = 36
-_ORPHAN_GRACE_S = 2.0
+_ORPHAN_GRACE_S = 10.0
 """Helpers such as multiprocessing's resource tracker clean up after their parent's death and end by themselves."""
 _KILL_DEADLINE_S = 10.0
 """A process that SIGKILL does not end within this time hangs in the kernel; the error then names its command."""
