@@ -18,6 +18,8 @@ COMMANDS = {
     "plan": ("retort.cli.plan", "print what a run file amounts to, before anything is started"),
     "compare": ("retort.cli.compare", "two runs side by side, or a run beside a published one"),
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
+    "score": ("retort.cli.score", "send a file of completions through the reward service"),
+    "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }
 

@@ -14,9 +14,19 @@ from services.reward.checkers import Checker
 
 GROUP = "retort.checkers"
 
-BUILT_IN = (
-    EntryPoint("exact_match", "services.reward.checkers.exact_match:ExactMatch", GROUP),
-    EntryPoint("mcq", "services.reward.checkers.mcq:MultipleChoice", GROUP),
+BUILT_IN = tuple(
+    EntryPoint(name, f"services.reward.checkers.{name}:{type_}", GROUP)
+    for name, type_ in (
+        ("composite", "Composite"),
+        ("exact_match", "ExactMatch"),
+        ("json_schema", "JsonSchema"),
+        ("math", "Math"),
+        ("mcq", "MultipleChoice"),
+        ("mcq_lenient", "LenientMultipleChoice"),
+        ("numeric", "Numeric"),
+        ("python_tests", "PythonTests"),
+        ("regex", "Regex"),
+    )
 )
 
 
@@ -43,7 +53,10 @@ def _load(point: EntryPoint) -> Checker:
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(f"{origin} does not load: {error}. Mend or uninstall its package.") from error
     if not isinstance(checker, Checker):
-        raise ConfigError(f"{origin} needs name, version, description, options and check() to be a checker.")
+        raise ConfigError(f"{origin} does not derive from services.reward.checkers.Checker.")
+    for attribute in ("name", "version", "description"):
+        if not isinstance(getattr(checker, attribute, None), str):
+            raise ConfigError(f"{origin} needs the text {attribute}.")
     if checker.name != point.name:
         raise ConfigError(f"{origin} calls itself {checker.name!r}. Give class and entry point one name.")
     return checker

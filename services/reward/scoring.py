@@ -1,17 +1,27 @@
-"""Scores one item with the checker that it names: whatever happens inside a checker, there is a verdict."""
+"""Runs a checker on one item: whatever happens inside it, there is a verdict."""
 
-import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
-from services.reward.checkers import Checker, Reward, Unscorable, Verdict
+from services.reward.checkers import Checker, Reward, Unscorable, Verdict, defect
 
 MAX_ERROR_CHARACTERS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
+class Item(NamedTuple):
+    """What is to be scored. Both faces make their requests into these: a protobuf message copies a text each time
+    that it is looked at."""
+
+    id: str
+    checker: str
+    completion: str
+    answer: str
+    options: Mapping[str, str] = MappingProxyType({})
+
+
+class Scored(NamedTuple):
     """A verdict and who gave it."""
 
     verdict: Verdict
@@ -21,32 +31,29 @@ class Scored:
     """Time in the checker."""
 
 
-def score(
-    checkers: Mapping[str, Checker], *, name: str, completion: str, answer: str, options: Mapping[str, str]
-) -> Scored:
-    """The verdict of the checker called `name`. Never raises because of the item or of the checker."""
-    checker = checkers.get(name)
-    if checker is None:
-        return Scored(Unscorable(reason=f"no checker {name!r}; known: {', '.join(checkers)}"), "", 0.0)
-
-    started = time.perf_counter()
-    verdict = _check(checker, completion, answer, options)
-    return Scored(verdict, f"{checker.name}@{checker.version}", time.perf_counter() - started)
+def check(checker: Checker, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+    """The verdict of the checker. Never raises because of the item or of the checker."""
+    return sound(checker, check_unseen(checker, completion, answer, options))
 
 
-def _check(checker: Checker, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
-    unknown = sorted(options.keys() - checker.options.keys())
-    if unknown:
+def check_unseen(checker: Checker, completion: str, answer: str, options: Mapping[str, str]) -> object:
+    """What the checker returned, which may be anything, or Unscorable if it raised."""
+    if options and (unknown := sorted(set(options) - checker.options.keys())):
         known = ", ".join(sorted(checker.options)) or "none"
-        return Unscorable(reason=f"{checker.name} has no option {', '.join(unknown)}; known: {known}")
+        return Unscorable(reason=f"{checker.name} has no option {', '.join(unknown)[:200]}; known: {known}")
     try:
-        verdict = checker.check(completion, answer, options)
+        return checker.check(completion, answer, options)
     # The one border to code that others wrote: whatever it raises must cost this item only, not its batch.
     except Exception as error:  # noqa: BLE001
         return Unscorable(reason=f"{checker.name} raised {_describe(error)}")
-    if not isinstance(verdict, Reward | Unscorable):
-        return Unscorable(reason=f"{checker.name} returned {type(verdict).__name__}, neither Reward nor Unscorable")
-    return verdict
+
+
+def sound(checker: Checker, returned: object) -> Verdict:
+    """What a checker returned if it is a verdict that can be sent, else Unscorable."""
+    if problem := defect(returned):
+        return Unscorable(reason=f"{checker.name} returned {problem}")
+    assert isinstance(returned, Reward | Unscorable)
+    return returned
 
 
 def _describe(error: Exception) -> str:

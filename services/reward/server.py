@@ -1,21 +1,37 @@
 """The gRPC face of the reward service. Only this file of the service knows the protobuf types."""
 
 import asyncio
-from collections.abc import Mapping
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from retort.config import ConfigError
-from retort.proto.reward.v1 import reward_pb2, reward_pb2_grpc
-from retort.telemetry import log_event
-from services.reward.checkers import Checker, Reward
-from services.reward.scoring import score
+from retort.proto.reward.v1 import reward_pb2
+from services.reward.admission import FullError
+from services.reward.checkers import Unscorable, Verdict
+from services.reward.requests import LONGEST_NAME, MAX_REQUEST_BYTES, malformed, too_large
+from services.reward.scorer import Scorer
+from services.reward.scoring import Item, Scored
+from services.reward.security import Security
 
 SERVICE = "reward.v1.RewardService"
-MAX_ITEMS = 4096
-MAX_REQUEST_BYTES = 16 << 20
-DRAIN_S = 10.0
+MAX_STREAM_ITEMS = 4096
+"""Unanswered items of one stream; then the service reads no further."""
+MAX_STREAMED_REQUESTS = 64
+"""Unanswered messages of one stream."""
+
+# Both responses have their results in field 1; id is field 1 of a result, seconds is field 5.
+RESULTS_TAG, ID_TAG, SECONDS_TAG = b"\x0a", b"\x0a", b"\x29"
+SMALL = [bytes([number]) for number in range(128)]
+_double = struct.Struct("<d").pack
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -23,24 +39,26 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
+Context: TypeAlias = grpc.aio.ServicerContext
 
-class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
+
+class RewardServicer:
     """Scores items with the checkers it was given."""
 
-    def __init__(self, checkers: Mapping[str, Checker]) -> None:
-        self._checkers = checkers
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
 
-    async def Score(
-        self, request: reward_pb2.ScoreRequest, context: grpc.aio.ServicerContext
-    ) -> reward_pb2.ScoreResponse:
-        problem = _malformed(request)
-        if problem:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
-        # In a thread, so that a slow checker holds up neither health checks nor the drain.
-        return await asyncio.to_thread(self._score_batch, request)
+    async def score(self, request: reward_pb2.ScoreRequest | None, context: Context) -> bytes:
+        items = await _checked(request, context)
+        try:
+            scored = await self._scorer.score(items)
+        except FullError as error:
+            await _refuse(error, context)
+        write = _Writer().write
+        return b"".join([write(item.id, one) for item, one in zip(items, scored, strict=True)])
 
-    async def ListCheckers(
-        self, request: reward_pb2.ListCheckersRequest, context: grpc.aio.ServicerContext
+    async def list_checkers(
+        self, request: reward_pb2.ListCheckersRequest, context: Context
     ) -> reward_pb2.ListCheckersResponse:
         return reward_pb2.ListCheckersResponse(
             checkers=[
@@ -49,58 +67,110 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
                     version=checker.version,
                     description=checker.description,
                     options=checker.options,
+                    accepts=checker.accepts,
+                    examples=[
+                        reward_pb2.Example(
+                            completion=one.completion, answer=one.answer, options=one.options, reward=one.reward
+                        )
+                        for one in checker.examples
+                    ],
                 )
-                for checker in self._checkers.values()
+                for checker in self._scorer.checkers.values()
             ]
         )
 
-    def _score_batch(self, request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
-        return reward_pb2.ScoreResponse(results=[self._score_item(item) for item in request.items])
-
-    def _score_item(self, item: reward_pb2.Item) -> reward_pb2.Result:
-        scored = score(
-            self._checkers,
-            name=item.checker,
-            completion=item.completion,
-            answer=item.answer,
-            options=dict(item.options),
-        )
-        result = reward_pb2.Result(id=item.id, checker=scored.checker, seconds=scored.seconds)
-        if isinstance(scored.verdict, Reward):
-            result.reward.CopyFrom(reward_pb2.Reward(**scored.verdict.model_dump()))
-        else:
-            result.unscorable.reason = scored.verdict.reason
-        return result
+    async def score_stream(
+        self, requests: AsyncIterator[reward_pb2.ScoreStreamRequest | None], context: Context
+    ) -> AsyncIterator[bytes]:
+        """Results as they come. Ends when the client has sent its last item and every result is out."""
+        stream = _Stream(self._scorer)
+        reading = asyncio.create_task(stream.read(requests, context))
+        try:
+            while (response := await stream.responses.get()) is not None:
+                yield response
+            await reading
+        finally:
+            reading.cancel()
 
 
-async def serve(checkers: Mapping[str, Checker], host: str, port: int, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set, then drain: NOT_SERVING, no new calls, up to DRAIN_S for those in flight.
+class _Stream:
+    """One stream: reads, scores several messages at a time, and collects what is to be sent."""
 
-    Port 0 lets the system choose; the event "ready" in the log names the address. Raises ConfigError if the
-    address cannot be bound.
-    """
-    server = grpc.aio.server(options=OPTIONS)
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self.responses: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_STREAMED_REQUESTS)
+        """None is the last one."""
+        self._ids: set[str] = set()
+        self._room = asyncio.Condition()
+
+    async def read(self, requests: AsyncIterator[reward_pb2.ScoreStreamRequest | None], context: Context) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = asyncio.Semaphore(MAX_STREAMED_REQUESTS)
+                async for request in requests:
+                    items = await _checked(request, context)
+                    for item in items:
+                        if item.id in self._ids:
+                            problem = f"items.id: {item.id!r} is also the id of an item without a result so far"
+                            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+                    await running.acquire()
+                    async with self._room:
+                        await self._room.wait_for(lambda: len(self._ids) < MAX_STREAM_ITEMS)
+                    self._ids.update(item.id for item in items)
+                    tasks.create_task(self._answer(items)).add_done_callback(lambda _: running.release())
+        except* FullError as errors:
+            first = errors.exceptions[0]
+            assert isinstance(first, FullError)
+            await _refuse(first, context)
+        finally:
+            # Behind the last result; the reader's own error is raised where it is awaited.
+            await self.responses.put(None)
+
+    async def _answer(self, items: Sequence[Item]) -> None:
+        async for ready in self._scorer.score_as_ready(items):
+            write = _Writer().write
+            await self.responses.put(b"".join([write(items[index].id, scored) for index, scored in ready]))
+            async with self._room:
+                self._ids.difference_update([items[index].id for index, _ in ready])
+                self._room.notify_all()
+
+
+def make_server(scorer: Scorer, security: Security) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
+    """A server that listens nowhere so far, and the health that it reports."""
+    interceptors = [_TokenCheck(security)] if security.tokens else []
+    server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
+    servicer = RewardServicer(scorer)
+    methods = {
+        "Score": grpc.unary_unary_rpc_method_handler(servicer.score, _decoder(reward_pb2.ScoreRequest)),
+        "ScoreStream": grpc.stream_stream_rpc_method_handler(
+            servicer.score_stream, _decoder(reward_pb2.ScoreStreamRequest)
+        ),
+        "ListCheckers": grpc.unary_unary_rpc_method_handler(
+            servicer.list_checkers,
+            _decoder(reward_pb2.ListCheckersRequest),
+            reward_pb2.ListCheckersResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     health_servicer = health.aio.HealthServicer()
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(RewardServicer(checkers), server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    address = _bind(server, host, port)
-
-    await server.start()
-    await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    log_event("ready", address=address, checkers=",".join(checkers))
-    await stop.wait()
-
-    log_event("draining", at_most_s=DRAIN_S)
-    # Before the port closes: a load balancer that watches must hear it from us, not from failing calls.
-    await health_servicer.enter_graceful_shutdown()
-    await server.stop(grace=DRAIN_S)
-    log_event("stopped")
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return server, health_servicer
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> str:
+def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> str:
+    """Listen; port 0 lets the system choose. Returns the address. Raises ConfigError if that cannot be."""
     name = f"[{host}]" if ":" in host else host
     try:
-        bound = server.add_insecure_port(f"{name}:{port}")
+        if security.tls is None:
+            bound = server.add_insecure_port(f"{name}:{port}")
+        else:
+            credentials = grpc.ssl_server_credentials(
+                [(security.tls.key, security.tls.certificate)],
+                root_certificates=security.tls.client_authority,
+                require_client_auth=security.tls.client_authority is not None,
+            )
+            bound = server.add_secure_port(f"{name}:{port}", credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"the reward service cannot listen on {name}:{port}: the port is in use or the address is not of "
@@ -109,16 +179,129 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> str:
     return f"{name}:{bound}"
 
 
-def _malformed(request: reward_pb2.ScoreRequest) -> str:
-    """The field of the request that is wrong and why; empty if none is."""
-    if not request.items:
-        return "items: empty; send at least one item"
-    if len(request.items) > MAX_ITEMS:
-        return f"items: {len(request.items)} are more than {MAX_ITEMS}; send several batches"
-    first: dict[str, int] = {}
-    for index, item in enumerate(request.items):
-        if not item.id:
-            return f"items[{index}].id: empty; give every item an id"
-        if first.setdefault(item.id, index) != index:
-            return f"items[{index}].id: {item.id!r} is also the id of items[{first[item.id]}]"
-    return ""
+async def report_health(health_servicer: health.aio.HealthServicer) -> None:
+    """Say that the service takes calls."""
+    await health_servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+
+
+class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
+    """Lets through whoever shows a token; health may be asked by everybody."""
+
+    def __init__(self, security: Security) -> None:
+        self._security = security
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        shown = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
+        if details.method.startswith(f"/{health.SERVICE_NAME}/") or self._security.accepts(shown):
+            return await continuation(details)
+        return grpc.stream_stream_rpc_method_handler(_unauthenticated)
+
+
+async def _unauthenticated(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "send a token of this service as metadata: authorization: Bearer TOKEN"
+    )
+    yield None
+
+
+def _decoder(message: type[Message]) -> Callable[[bytes], Message | None]:
+    """Parses a request; what is no such message becomes None, because grpc would report an exception as INTERNAL."""
+
+    def decode(data: bytes) -> Message | None:
+        try:
+            return message.FromString(data)
+        except DecodeError:
+            return None
+
+    return decode
+
+
+async def _checked(request: Any, context: Context) -> Sequence[Item]:
+    """The items of a request that is well-formed; any other is refused."""
+    if request is None:
+        problem = "the request is no message of proto/reward/v1/reward.proto, or a text in it is not UTF-8"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+    items: list[Item] = []
+    problem = ""
+    for message in request.items:
+        checker, metadata, options = message.checker, message.metadata, message.options
+        if (metadata or options or len(checker) > LONGEST_NAME) and not problem:
+            too_much = too_large(checker, metadata, options)
+            problem = too_much and f"items[{len(items)}].{too_much}"
+        if options:
+            items.append(Item(message.id, checker, message.completion, message.answer, dict(options)))
+        else:
+            items.append(Item(message.id, checker, message.completion, message.answer))
+    problem = malformed(items) or problem
+    if problem:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+    return items
+
+
+async def _refuse(error: FullError, context: Context) -> NoReturn:
+    """RESOURCE_EXHAUSTED, with the time to wait in the two forms that clients know."""
+    nanos = int(error.retry_after_s * 1e9)
+    hint = RetryInfo(retry_delay=Duration(seconds=nanos // 10**9, nanos=nanos % 10**9))
+    status = Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=str(error))
+    status.details.add().Pack(hint)
+    context.set_trailing_metadata(
+        (
+            ("grpc-status-details-bin", status.SerializeToString()),
+            ("grpc-retry-pushback-ms", str(nanos // 10**6)),
+        )
+    )
+    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    raise AssertionError("abort raises")
+
+
+class _Writer:
+    """Serialises results faster than one message object for each would be.
+
+    Concatenated protobuf messages merge into one, so what results have in common is serialised once, and id and
+    seconds are appended. Verdicts are known by identity: checkers may give the same one many times. To be used for
+    verdicts that live as long as the writer.
+    """
+
+    def __init__(self) -> None:
+        self._common: dict[tuple[int, str], bytes] = {}
+
+    def write(self, item_id: str, scored: Scored) -> bytes:
+        """The field `results` of a response, with this one result."""
+        verdict, checker, seconds = scored
+        common = self._common.get((id(verdict), checker))
+        if common is None:
+            common = self._common[id(verdict), checker] = _result(verdict, checker).SerializeToString()
+        name = item_id.encode()
+        result = b"".join((ID_TAG, _varint(len(name)), name, SECONDS_TAG, _double(seconds), common))
+        return b"".join((RESULTS_TAG, _varint(len(result)), result))
+
+
+def _result(verdict: Verdict, checker: str) -> reward_pb2.Result:
+    if isinstance(verdict, Unscorable):
+        return reward_pb2.Result(unscorable=reward_pb2.Unscorable(reason=verdict.reason), checker=checker)
+    return reward_pb2.Result(
+        reward=reward_pb2.Reward(
+            value=verdict.value,
+            correct=verdict.correct,
+            parsed=verdict.parsed,
+            format_ok=verdict.format_ok,
+            rule=verdict.rule,
+            explanation=verdict.explanation,
+        ),
+        checker=checker,
+    )
+
+
+def _varint(number: int) -> bytes:
+    if number < 128:
+        return SMALL[number]
+    written = bytearray()
+    while number >= 128:
+        written.append(number & 127 | 128)
+        number >>= 7
+    written.append(number)
+    return bytes(written)

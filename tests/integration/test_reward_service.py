@@ -3,12 +3,9 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -17,98 +14,20 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from retort.proto.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.rollout.reward_client import RewardClient, RewardServiceError, Scored, UnscorableError
+from tests.reward_service import ROOT, Service, install_user_checkers, reward_service
 
 pytestmark = pytest.mark.timeout(60)
-
-ROOT = Path(__file__).parents[2]
-
-USER_CHECKERS = '''
-from services.reward.checkers import Reward, Unscorable
-
-def reward(value):
-    return Reward(value=value, correct=True, parsed="", format_ok=True, rule="", explanation="")
-
-class Raises:
-    name, version, description, options = "raises", "1", "", {}
-    def check(self, completion, answer, options):
-        raise ValueError("boom")
-
-class NotANumber:
-    name, version, description, options = "not_a_number", "1", "", {}
-    def check(self, completion, answer, options):
-        return reward(float("nan"))
-
-class Waits:
-    """Returns when somebody has written to, and closed, the pipe that the answer names."""
-    name, version, description, options = "waits", "1", "", {}
-    def check(self, completion, answer, options):
-        with open(answer) as pipe:
-            pipe.read()
-        return reward(0.25)
-'''
-
-
-@dataclass
-class Service:
-    process: subprocess.Popen[str]
-    address: str
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
-
-
-@contextmanager
-def reward_service(*arguments: str, python_path: str = "") -> Iterator[Service]:
-    """A reward service that is ready, killed at the end if it still runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.reward", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": python_path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert process.stderr is not None
-            log = []
-            while " ready " not in (line := process.stderr.readline()):
-                assert line, f"the service ended before it was ready: {log}"
-                log.append(line)
-            yield Service(process, line.split("address=")[1].split()[0])
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
 def user_checkers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A package with checkers of its own, as pip would have installed it; the folder is its import path."""
-    folder = tmp_path_factory.mktemp("site-packages")
-    (folder / "user_checkers.py").write_text(USER_CHECKERS)
-    metadata = folder / "user_checkers-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: user-checkers\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[retort.checkers]\n"
-        "raises = user_checkers:Raises\n"
-        "not_a_number = user_checkers:NotANumber\n"
-        "waits = user_checkers:Waits\n"
-    )
-    return str(folder)
+    return install_user_checkers(tmp_path_factory.mktemp("site-packages"))
 
 
 @pytest.fixture(scope="module")
 def reward_address(user_checkers: str) -> Iterator[str]:
     with reward_service("--port", "0", python_path=user_checkers) as service:
         yield service.address
-
-
-@pytest.fixture
-def unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def score(address: str, checker: str, completions: list[str], answer: str, budget_s: float = 30.0) -> list[Scored]:
@@ -150,7 +69,7 @@ def test_bad_items_cost_neither_the_batch_nor_the_good_items_their_rewards(rewar
     assert (good.reward.value, good.reward.correct, good.checker) == (1.0, True, "mcq@1")
     assert last.reward == good.reward
     assert raised.unscorable.reason == "raises raised ValueError: boom"
-    assert unknown.unscorable.reason == "no checker 'mqc'; known: exact_match, mcq, not_a_number, raises, waits"
+    assert unknown.unscorable.reason.startswith("no checker 'mqc'; known: composite, does, exact_match, ")
     assert "finite number" in not_a_number.unscorable.reason
 
 
@@ -164,8 +83,11 @@ def test_checkers_of_other_packages_are_listed_beside_the_built_in_ones(reward_a
     with grpc.insecure_channel(reward_address) as channel:
         service = reward_pb2_grpc.RewardServiceStub(channel)
         response = service.ListCheckers(reward_pb2.ListCheckersRequest(), timeout=10)
-    assert [c.name for c in response.checkers] == ["exact_match", "mcq", "not_a_number", "raises", "waits"]
-    assert dict(response.checkers[0].options) == {"ignore_case": "true or false (the default)"}
+    checkers = {checker.name: checker for checker in response.checkers}
+    assert {"mcq", "math", "not_a_number", "raises", "waits"} < checkers.keys()
+    assert dict(checkers["exact_match"].options) == {"ignore_case": "true or false (the default)"}
+    assert checkers["mcq"].accepts == "the right option's letter, for example B"
+    assert [example.reward for example in checkers["mcq"].examples] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -300,4 +222,4 @@ def test_host_and_port_come_from_the_run_file(tmp_path: Path, unused_port: int) 
 def test_help_teaches_how_to_start_and_stop() -> None:
     done = start("--help")
     assert done.returncode == 0
-    assert "python -m services.reward --port 50051" in done.stdout
+    assert "retort serve reward --grpc-port 50051" in done.stdout

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 SERVICES = ("rollout", "reward", "trainer")
 SHARED = ("config", "rollouts", "queues", "weight_sync", "telemetry", "proto")
-"""What the services agree on. The rest of `retort/` is the command line, which no service imports."""
+"""What the services agree on. The rest of `retort/` is the command line and the client for outsiders."""
 
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
@@ -24,13 +24,21 @@ BANNED_CLASS = re.compile(r"(Manager|Handler|Helper|Util|Utils|Wrapper)$")
 COVERED_BY = {
     "retort/cli/interrupts.py": "tests/integration/test_launcher.py",
     "retort/cli/report/page.py": "tests/unit/cli/test_report.py",
+    "retort/cli/checker.py": "tests/integration/test_reward_clients.py",
+    "retort/cli/score.py": "tests/integration/test_reward_clients.py",
     "retort/cli/version.py": "tests/unit/cli/test_main.py",
+    "retort/client/calls.py": "tests/integration/test_reward_clients.py",
+    "retort/client/messages.py": "tests/integration/test_reward_clients.py",
     "retort/queues/connection.py": "tests/integration/test_queue_servers.py",
     "retort/queues/replies.py": "tests/integration/test_queues.py",
     "retort/queues/rollout.py": "tests/integration/test_queues.py",
     "retort/queues/trainer.py": "tests/integration/test_queues.py",
     "retort/queues/view.py": "tests/integration/test_queues.py",
     "services/reward/__main__.py": "tests/integration/test_reward_service.py",
+    "services/reward/http_limits.py": "tests/integration/test_reward_http.py",
+    "services/reward/http_messages.py": "tests/integration/test_reward_http.py",
+    "services/reward/isolation/nursery.py": "tests/integration/test_reward_hostile.py",
+    "services/reward/serving.py": "tests/integration/test_reward_http.py",
     "services/reward/server.py": "tests/integration/test_reward_service.py",
     "services/rollout/vllm_plugin.py": "tests/integration/test_vllm_engine.py",
     "services/trainer/__main__.py": "tests/e2e/test_run.py",
@@ -97,7 +105,7 @@ def test_everything_shared_is_listed() -> None:
     names = {
         path.stem for path in (ROOT / "retort").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert names - {"__init__", "cli"} == set(SHARED)
+    assert names - {"__init__", "cli", "client"} == set(SHARED)
 
 
 @pytest.mark.parametrize("module", SHARED)
@@ -107,7 +115,12 @@ def test_what_is_shared_is_used_by_two_services(module: str) -> None:
 
 
 def test_protobuf_types_stop_at_the_border() -> None:
-    border = {"services/reward/server.py", "services/rollout/reward_client.py"}
+    border = {
+        "services/reward/server.py",
+        "services/rollout/reward_client.py",
+        "retort/client/calls.py",
+        "retort/client/messages.py",
+    }
     assert set(imports_of(sources("retort", "services"), "retort.proto")) == border
 
 

@@ -1,24 +1,22 @@
 """Whatever a checker does, its item gets a verdict."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from services.reward.checkers import Reward, Unscorable, Verdict
-from services.reward.scoring import MAX_ERROR_CHARACTERS, score
+from services.reward.checkers import Checker, Reward, Unscorable, Verdict
+from services.reward.scoring import MAX_ERROR_CHARACTERS, check
 
 
-@dataclass
-class Custom:
+class Custom(Checker):
     """A checker whose code is given."""
 
-    body: Callable[[str], Any]
-    name: str = "custom"
-    version: str = "3"
-    description: str = ""
-    options: Mapping[str, str] = field(default_factory=lambda: {"scale": "a number"})
+    name, version, description = "custom", "3", ""
+    options: ClassVar[Mapping[str, str]] = {"scale": "a number"}
+
+    def __init__(self, body: Callable[[str], Any]) -> None:
+        self.body = body
 
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
         return self.body(completion)
@@ -37,27 +35,13 @@ def a_reward(**changes: Any) -> Reward:
 
 
 def verdict_of(body: Callable[[str], Any], **options: str) -> Verdict:
-    checkers = {"custom": Custom(body)}
-    return score(checkers, name="custom", completion="text", answer="", options=options).verdict
+    return check(Custom(body), "text", "", options)
 
 
 def unscorable_reason(body: Callable[[str], Any], **options: str) -> str:
     verdict = verdict_of(body, **options)
     assert isinstance(verdict, Unscorable)
     return verdict.reason
-
-
-def test_the_result_names_the_checker_and_its_version() -> None:
-    scored = score({"custom": Custom(lambda _: a_reward())}, name="custom", completion="", answer="", options={})
-    assert (scored.verdict, scored.checker) == (a_reward(), "custom@3")
-    assert 0 <= scored.seconds < 1
-
-
-def test_an_unknown_checker_is_unscorable_and_the_known_ones_are_listed() -> None:
-    checkers = {"custom": Custom(a_reward), "other": Custom(a_reward)}
-    scored = score(checkers, name="mqc", completion="", answer="", options={})
-    assert scored.verdict == Unscorable(reason="no checker 'mqc'; known: custom, other")
-    assert scored.checker == ""
 
 
 def test_an_unknown_option_is_unscorable_and_a_known_one_is_not() -> None:
@@ -79,7 +63,7 @@ def test_an_exception_that_cannot_be_sent_or_is_too_long_is_described_all_the_sa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_reward_that_is_not_a_finite_number_is_unscorable(value: float) -> None:
-    assert "finite number" in unscorable_reason(lambda _: a_reward(value=value))
+    assert "not a finite number" in unscorable_reason(lambda _: a_reward(value=value))
 
 
 def test_a_lone_surrogate_in_the_parsed_answer_is_unscorable() -> None:

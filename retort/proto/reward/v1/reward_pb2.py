@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#retort/proto/reward/v1/reward.proto\x12\treward.v1\".\n\x0cScoreRequest\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.reward.v1.Item\"\x88\x02\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63hecker\x18\x02 \x01(\t\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\x12/\n\x08metadata\x18\x05 \x03(\x0b\x32\x1d.reward.v1.Item.MetadataEntry\x12-\n\x07options\x18\x06 \x03(\x0b\x32\x1c.reward.v1.Item.OptionsEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\rScoreResponse\x12\"\n\x07results\x18\x01 \x03(\x0b\x32\x11.reward.v1.Result\"\x93\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x06reward\x18\x02 \x01(\x0b\x32\x11.reward.v1.RewardH\x00\x12+\n\nunscorable\x18\x03 \x01(\x0b\x32\x15.reward.v1.UnscorableH\x00\x12\x0f\n\x07\x63hecker\x18\x04 \x01(\t\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x42\t\n\x07outcome\"n\n\x06Reward\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0f\n\x07\x63orrect\x18\x02 \x01(\x08\x12\x0e\n\x06parsed\x18\x03 \x01(\t\x12\x11\n\tformat_ok\x18\x04 \x01(\x08\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\t\"\x1c\n\nUnscorable\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13ListCheckersRequest\"@\n\x14ListCheckersResponse\x12(\n\x08\x63heckers\x18\x01 \x03(\x0b\x32\x16.reward.v1.CheckerInfo\"\xa7\x01\n\x0b\x43heckerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x34\n\x07options\x18\x04 \x03(\x0b\x32#.reward.v1.CheckerInfo.OptionsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\x9c\x01\n\rRewardService\x12:\n\x05Score\x12\x17.reward.v1.ScoreRequest\x1a\x18.reward.v1.ScoreResponse\x12O\n\x0cListCheckers\x12\x1e.reward.v1.ListCheckersRequest\x1a\x1f.reward.v1.ListCheckersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#retort/proto/reward/v1/reward.proto\x12\treward.v1\".\n\x0cScoreRequest\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.reward.v1.Item\"\x88\x02\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63hecker\x18\x02 \x01(\t\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\x12/\n\x08metadata\x18\x05 \x03(\x0b\x32\x1d.reward.v1.Item.MetadataEntry\x12-\n\x07options\x18\x06 \x03(\x0b\x32\x1c.reward.v1.Item.OptionsEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"3\n\rScoreResponse\x12\"\n\x07results\x18\x01 \x03(\x0b\x32\x11.reward.v1.Result\"4\n\x12ScoreStreamRequest\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.reward.v1.Item\"9\n\x13ScoreStreamResponse\x12\"\n\x07results\x18\x01 \x03(\x0b\x32\x11.reward.v1.Result\"\x93\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x06reward\x18\x02 \x01(\x0b\x32\x11.reward.v1.RewardH\x00\x12+\n\nunscorable\x18\x03 \x01(\x0b\x32\x15.reward.v1.UnscorableH\x00\x12\x0f\n\x07\x63hecker\x18\x04 \x01(\t\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x42\t\n\x07outcome\"n\n\x06Reward\x12\r\n\x05value\x18\x01 \x01(\x01\x12\x0f\n\x07\x63orrect\x18\x02 \x01(\x08\x12\x0e\n\x06parsed\x18\x03 \x01(\t\x12\x11\n\tformat_ok\x18\x04 \x01(\x08\x12\x0c\n\x04rule\x18\x05 \x01(\t\x12\x13\n\x0b\x65xplanation\x18\x06 \x01(\t\"\x1c\n\nUnscorable\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x15\n\x13ListCheckersRequest\"@\n\x14ListCheckersResponse\x12(\n\x08\x63heckers\x18\x01 \x03(\x0b\x32\x16.reward.v1.CheckerInfo\"\xde\x01\n\x0b\x43heckerInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x34\n\x07options\x18\x04 \x03(\x0b\x32#.reward.v1.CheckerInfo.OptionsEntry\x12\x0f\n\x07\x61\x63\x63\x65pts\x18\x05 \x01(\t\x12$\n\x08\x65xamples\x18\x06 \x03(\x0b\x32\x12.reward.v1.Example\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9f\x01\n\x07\x45xample\x12\x12\n\ncompletion\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\x12\x30\n\x07options\x18\x03 \x03(\x0b\x32\x1f.reward.v1.Example.OptionsEntry\x12\x0e\n\x06reward\x18\x04 \x01(\x01\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xee\x01\n\rRewardService\x12:\n\x05Score\x12\x17.reward.v1.ScoreRequest\x1a\x18.reward.v1.ScoreResponse\x12P\n\x0bScoreStream\x12\x1d.reward.v1.ScoreStreamRequest\x1a\x1e.reward.v1.ScoreStreamResponse(\x01\x30\x01\x12O\n\x0cListCheckers\x12\x1e.reward.v1.ListCheckersRequest\x1a\x1f.reward.v1.ListCheckersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ITEM_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_CHECKERINFO_OPTIONSENTRY']._loaded_options = None
   _globals['_CHECKERINFO_OPTIONSENTRY']._serialized_options = b'8\001'
+  _globals['_EXAMPLE_OPTIONSENTRY']._loaded_options = None
+  _globals['_EXAMPLE_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_SCOREREQUEST']._serialized_start=50
   _globals['_SCOREREQUEST']._serialized_end=96
   _globals['_ITEM']._serialized_start=99
@@ -47,20 +49,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ITEM_OPTIONSENTRY']._serialized_end=363
   _globals['_SCORERESPONSE']._serialized_start=365
   _globals['_SCORERESPONSE']._serialized_end=416
-  _globals['_RESULT']._serialized_start=419
-  _globals['_RESULT']._serialized_end=566
-  _globals['_REWARD']._serialized_start=568
-  _globals['_REWARD']._serialized_end=678
-  _globals['_UNSCORABLE']._serialized_start=680
-  _globals['_UNSCORABLE']._serialized_end=708
-  _globals['_LISTCHECKERSREQUEST']._serialized_start=710
-  _globals['_LISTCHECKERSREQUEST']._serialized_end=731
-  _globals['_LISTCHECKERSRESPONSE']._serialized_start=733
-  _globals['_LISTCHECKERSRESPONSE']._serialized_end=797
-  _globals['_CHECKERINFO']._serialized_start=800
-  _globals['_CHECKERINFO']._serialized_end=967
+  _globals['_SCORESTREAMREQUEST']._serialized_start=418
+  _globals['_SCORESTREAMREQUEST']._serialized_end=470
+  _globals['_SCORESTREAMRESPONSE']._serialized_start=472
+  _globals['_SCORESTREAMRESPONSE']._serialized_end=529
+  _globals['_RESULT']._serialized_start=532
+  _globals['_RESULT']._serialized_end=679
+  _globals['_REWARD']._serialized_start=681
+  _globals['_REWARD']._serialized_end=791
+  _globals['_UNSCORABLE']._serialized_start=793
+  _globals['_UNSCORABLE']._serialized_end=821
+  _globals['_LISTCHECKERSREQUEST']._serialized_start=823
+  _globals['_LISTCHECKERSREQUEST']._serialized_end=844
+  _globals['_LISTCHECKERSRESPONSE']._serialized_start=846
+  _globals['_LISTCHECKERSRESPONSE']._serialized_end=910
+  _globals['_CHECKERINFO']._serialized_start=913
+  _globals['_CHECKERINFO']._serialized_end=1135
   _globals['_CHECKERINFO_OPTIONSENTRY']._serialized_start=317
   _globals['_CHECKERINFO_OPTIONSENTRY']._serialized_end=363
-  _globals['_REWARDSERVICE']._serialized_start=970
-  _globals['_REWARDSERVICE']._serialized_end=1126
+  _globals['_EXAMPLE']._serialized_start=1138
+  _globals['_EXAMPLE']._serialized_end=1297
+  _globals['_EXAMPLE_OPTIONSENTRY']._serialized_start=317
+  _globals['_EXAMPLE_OPTIONSENTRY']._serialized_end=363
+  _globals['_REWARDSERVICE']._serialized_start=1300
+  _globals['_REWARDSERVICE']._serialized_end=1538
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,11 @@ class RewardServiceStub(object):
                 request_serializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.ScoreStream = channel.stream_stream(
+                '/reward.v1.RewardService/ScoreStream',
+                request_serializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.SerializeToString,
+                response_deserializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.FromString,
+                _registered_method=True)
         self.ListCheckers = channel.unary_unary(
                 '/reward.v1.RewardService/ListCheckers',
                 request_serializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ListCheckersRequest.SerializeToString,
@@ -52,6 +57,15 @@ class RewardServiceServicer(object):
     def Score(self, request, context):
         """Scores a batch. Results come in the order of the items. What is wrong with one item is said in its
         own result and never fails the batch; INVALID_ARGUMENT names the field of a malformed request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreStream(self, request_iterator, context):
+        """The same without end. Results come as they are ready, in any order, each with the id of its item. The
+        server reads no further while 4,096 items of a stream are unanswered, so a client that does not read its
+        results cannot send for ever.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +85,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.FromString,
                     response_serializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.SerializeToString,
+            ),
+            'ScoreStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ScoreStream,
+                    request_deserializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.FromString,
+                    response_serializer=retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.SerializeToString,
             ),
             'ListCheckers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckers,
@@ -105,6 +124,33 @@ class RewardService(object):
             '/reward.v1.RewardService/Score',
             retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
             retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/reward.v1.RewardService/ScoreStream',
+            retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamRequest.SerializeToString,
+            retort_dot_proto_dot_reward_dot_v1_dot_reward__pb2.ScoreStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,179 @@
+"""The JSON messages of the HTTP face: the fields of proto/reward/v1/reward.proto, a reward laid out flat."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+
+from services.reward.checkers import Checker, Reward, is_encodable
+from services.reward.scoring import Scored
+
+EXAMPLE_ITEM: JsonDict = {"id": "1", "checker": "mcq", "completion": "Two protons. <answer>B</answer>", "answer": "B"}
+EXAMPLE_REQUEST: JsonDict = {"items": [EXAMPLE_ITEM, {**EXAMPLE_ITEM, "id": "2", "checker": "mqc"}]}
+EXAMPLE_RESPONSE: JsonDict = {
+    "results": [
+        {
+            "id": "1",
+            "reward": 1.0,
+            "correct": True,
+            "parsed": "B",
+            "format_ok": True,
+            "rule": "last_answer_tag",
+            "explanation": "read 'B', the answer is 'B'",
+            "checker": "mcq@1",
+            "seconds": 0.000004,
+        },
+        {"id": "2", "unscorable": {"reason": "no checker 'mqc'; known: …"}, "checker": "", "seconds": 0.0},
+    ]
+}
+
+
+def _encodable(text: str) -> str:
+    if not is_encodable(text):
+        raise ValueError("has a lone surrogate, which cannot be sent back")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ItemBody(_Message):
+    """One completion to be scored."""
+
+    id: Name
+    """Comes back in the result; unique within a request."""
+    checker: Name
+    """Name of the checker; GET /v1/checkers lists them."""
+    completion: str
+    """What the model wrote, without special tokens."""
+    answer: str = ""
+    """The reference that the checker compares with."""
+    metadata: dict[Name, Name] = Field(default_factory=dict)
+    """For logs and for the caller; checkers never see it."""
+    options: dict[Name, Name] = Field(default_factory=dict)
+    """Settings of the checker for this item."""
+
+
+class ScoreBody(_Message):
+    """A batch."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_REQUEST]})
+
+    items: list[ItemBody]
+
+
+class UnscorableBody(_Message):
+    """Why there is no reward."""
+
+    reason: str
+
+
+class ResultBody(_Message):
+    """Either `reward` with its details, or `unscorable`; never both, never neither."""
+
+    id: str
+    reward: float | None = None
+    correct: bool | None = None
+    parsed: str | None = None
+    format_ok: bool | None = None
+    rule: str | None = None
+    explanation: str | None = None
+    unscorable: UnscorableBody | None = None
+    checker: str
+    """The checker that answered, as name@version; empty if it was not found."""
+    seconds: float
+    """Time in the checker."""
+
+
+class ResultsBody(_Message):
+    """As many results as items in the request, in the same order."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_RESPONSE]})
+
+    results: list[ResultBody]
+
+
+class ExampleBody(_Message):
+    completion: str
+    answer: str
+    options: dict[str, str]
+    reward: float
+
+
+class CheckerBody(_Message):
+    name: str
+    version: str
+    description: str
+    accepts: str
+    options: dict[str, str]
+    examples: list[ExampleBody]
+
+
+class CheckersBody(_Message):
+    checkers: list[CheckerBody]
+
+
+class ProblemBody(_Message):
+    """What is wrong with the request and what to do."""
+
+    error: str
+    field: str = ""
+    """Where in the request; empty if no field is to blame."""
+
+
+class SlimeBody(BaseModel):
+    """What slime's `--rm-type remote_rm` sends for one sample; other fields are ignored."""
+
+    prompt: Any = None
+    response: Name
+    label: Name | int | float
+
+
+class OpenRlhfBody(BaseModel):
+    """What OpenRLHF's `--remote_rm_url` sends for a batch; other fields are ignored."""
+
+    query: list[str]
+    """Prompt and response."""
+    prompts: list[str]
+    labels: list[str | int | float]
+
+
+def result_json(item_id: str, scored: Scored) -> dict[str, Any]:
+    """A result as JSON; the fields of the other outcome are left out."""
+    verdict = scored.verdict
+    if isinstance(verdict, Reward):
+        outcome: dict[str, Any] = {
+            "reward": float(verdict.value),
+            "correct": verdict.correct,
+            "parsed": verdict.parsed,
+            "format_ok": verdict.format_ok,
+            "rule": verdict.rule,
+            "explanation": verdict.explanation,
+        }
+    else:
+        outcome = {"unscorable": {"reason": verdict.reason}}
+    return {"id": item_id, **outcome, "checker": scored.checker, "seconds": scored.seconds}
+
+
+def checker_json(checker: Checker) -> dict[str, Any]:
+    """A checker as GET /v1/checkers lists it."""
+    return {
+        "name": checker.name,
+        "version": checker.version,
+        "description": checker.description,
+        "accepts": checker.accepts,
+        "options": dict(checker.options),
+        "examples": [
+            {
+                "completion": one.completion,
+                "answer": one.answer,
+                "options": dict(one.options or {}),
+                "reward": one.reward,
+            }
+            for one in checker.examples
+        ],
+    }

@@ -1,0 +1,7 @@
+"""Checkers in processes of their own, which can be confined, and killed at any moment.
+
+    service (pool) ──► nursery ──fork──► worker: one item at a time ──fork──► program (python_tests only)
+
+The nursery has imported what the checkers need, so that a killed worker is replaced in milliseconds. When a process
+of this chain dies, the kernel kills what is to its right.
+"""

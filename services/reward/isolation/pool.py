@@ -1,0 +1,256 @@
+"""The service's end of the worker processes: who runs what, and who is killed when."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from retort.telemetry import log_event
+from services.reward.checkers import Checker, Unscorable, Verdict
+from services.reward.isolation.sandbox import can_confine, landlock_abi
+from services.reward.isolation.worker import LARGEST_FRAME_BYTES, LENGTH, Question, decode_verdict, frame
+from services.reward.metrics import KILLS, WAITING
+
+SHORT_S = 0.1
+"""An item that runs longer moves to the slow lane."""
+SLOW_LANE = 32
+"""Items that may be in the slow lane."""
+SLOW_NICENESS = 19
+"""The lowest priority: they share what the quick ones leave."""
+ITEMS_PER_WORKER = 500
+"""Then a worker is replaced, so that what leaks in a library cannot add up."""
+LONGEST_TEXT = 1 << 20
+"""Characters of a completion or an answer that a worker takes."""
+START_S = 30.0
+"""Longest wait for the nursery to import a checker and fork."""
+
+
+class WorkerDiedError(Exception):
+    """The worker's socket closed, or what came out of it is no verdict."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker process and the connection to it."""
+
+    pid: int
+    handle: int
+    """Its pidfd: unlike the pid, never another process."""
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    items: int = 0
+
+    async def ask(self, question: Question) -> Verdict:
+        try:
+            self.writer.write(frame(question))
+            await self.writer.drain()
+            (size,) = LENGTH.unpack(await self.reader.readexactly(LENGTH.size))
+            if size > LARGEST_FRAME_BYTES:
+                raise WorkerDiedError(f"a verdict of {size} bytes")
+            verdict = decode_verdict(await self.reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise WorkerDiedError("its process ended") from error
+        except msgspec.DecodeError as error:
+            raise WorkerDiedError(f"no verdict: {error}") from error
+        self.items += 1
+        return verdict
+
+    def demote(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PGRP, self.pid, SLOW_NICENESS)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+        os.close(self.handle)
+        self.writer.close()
+
+
+class Lanes:
+    """Which items run now: as many as there are cores, and beside them up to SLOW_LANE that take long.
+
+    So a few items that run to their time limit delay no others.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._quick = asyncio.Semaphore(cores)
+        self._slow = asyncio.Semaphore(SLOW_LANE)
+
+    @contextlib.asynccontextmanager
+    async def enter(self) -> AsyncIterator["Place"]:
+        WAITING.inc()
+        try:
+            await self._quick.acquire()
+        finally:
+            WAITING.dec()
+        place = Place(self._quick)
+        try:
+            yield place
+        finally:
+            place.lane.release()
+
+    async def move(self, place: "Place") -> bool:
+        """Into the slow lane, unless that is full."""
+        if self._slow.locked():
+            return False
+        await self._slow.acquire()
+        place.lane.release()
+        place.lane = self._slow
+        return True
+
+
+@dataclass(slots=True)
+class Place:
+    """What an item holds while it runs."""
+
+    lane: asyncio.Semaphore
+
+
+class WorkerPool:
+    """Runs checkers that are not quick. To be used within the event loop, and closed there."""
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores or len(os.sched_getaffinity(0))
+        self._lanes = Lanes(self._cores)
+        self._idle: Mapping[str, list[Worker]] = defaultdict(list)
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._starting = asyncio.Lock()
+
+    async def check(
+        self, checker: Checker, completion: str, answer: str, options: Mapping[str, str], seconds: float
+    ) -> Verdict:
+        """The checker's verdict, or Unscorable after so many seconds of running. Cancelling kills the worker."""
+        for name, text in (("completion", completion), ("answer", answer)):
+            if len(text) > LONGEST_TEXT:
+                return Unscorable(reason=f"{name} has {len(text)} characters; {checker.name} takes {LONGEST_TEXT}")
+        if problem := can_confine():
+            return Unscorable(reason=f"{checker.name} cannot run here: {problem}")
+        question = Question(completion, answer, dict(options), seconds)
+        async with self._lanes.enter() as place:
+            try:
+                return await self._run(checker, question, place)
+            except WorkerDiedError:
+                KILLS.labels(checker.name, "died").inc()
+            # Once more: it may have died of something else than this item, an operator for example.
+            try:
+                return await self._run(checker, question, place)
+            except WorkerDiedError as error:
+                KILLS.labels(checker.name, "died").inc()
+                return Unscorable(
+                    reason=f"{checker.name} ended its worker process twice ({error}): it crashed, or it used more "
+                    f"than {checker.limits.memory_mib} MiB or {seconds:g} s of CPU time"
+                )
+
+    def close(self) -> None:
+        for workers in self._idle.values():
+            while workers:
+                workers.pop().kill()
+        self._end_nursery()
+
+    async def _run(self, checker: Checker, question: Question, place: Place) -> Verdict:
+        worker = await self._take(checker)
+        asking = asyncio.create_task(worker.ask(question))
+        reusable = False
+        try:
+            done, _ = await asyncio.wait([asking], timeout=min(SHORT_S, question.seconds))
+            if not done and question.seconds > SHORT_S:
+                if await self._lanes.move(place):
+                    worker.demote()
+                done, _ = await asyncio.wait([asking], timeout=question.seconds - SHORT_S)
+            elif done:
+                reusable = asking.exception() is None and worker.items < ITEMS_PER_WORKER
+            if not done:
+                KILLS.labels(checker.name, "time_limit").inc()
+                return Unscorable(
+                    reason=f"{checker.name} took more than {question.seconds:g} s and was stopped; simplify the item "
+                    "or raise the option time_limit_s"
+                )
+            return asking.result()
+        finally:
+            asking.cancel()
+            if reusable and len(self._idle[checker.name]) < self._cores:
+                self._idle[checker.name].append(worker)
+            else:
+                worker.kill()
+
+    async def _take(self, checker: Checker) -> Worker:
+        idle = self._idle[checker.name]
+        while idle:
+            worker = idle.pop()
+            if not worker.reader.at_eof():
+                return worker
+            worker.kill()
+        starting = asyncio.create_task(self._start(checker.name))
+        try:
+            # To its end even if the item is cancelled: the nursery's reply must be read by who asked for it.
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_discard)
+            raise
+
+    async def _start(self, name: str) -> Worker:
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise WorkerDiedError(f"its process could not be started: {error}") from error
+        with theirs:
+            try:
+                pid, handle = await self._fork(name, theirs)
+            except WorkerDiedError:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return Worker(pid, handle, reader, writer)
+
+    async def _fork(self, name: str, channel: socket.socket) -> tuple[int, int]:
+        """A new worker's process id and pidfd."""
+        async with self._starting:
+            for attempt in (1, 2):
+                control = self._control_of_nursery()
+                try:
+                    return await asyncio.to_thread(_ask_nursery, control, name, channel)
+                except (OSError, WorkerDiedError) as error:
+                    log_event("nursery_lost", checker=name, error=str(error), attempt=attempt)
+                    self._end_nursery()
+        raise WorkerDiedError("its process could not be started; the service's log says why")
+
+    def _control_of_nursery(self) -> socket.socket:
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(START_S)
+        with theirs:
+            command = [sys.executable, "-m", "services.reward.isolation.nursery"]
+            self._nursery = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
+        self._control = ours
+        log_event("nursery_started", pid=self._nursery.pid, landlock=landlock_abi())
+        return ours
+
+    def _end_nursery(self) -> None:
+        if self._nursery is not None and self._control is not None:
+            self._control.close()
+            self._nursery.kill()
+            self._nursery.wait()
+        self._nursery = self._control = None
+
+
+def _discard(starting: asyncio.Task[Worker]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().kill()
+
+
+def _ask_nursery(control: socket.socket, name: str, channel: socket.socket) -> tuple[int, int]:
+    socket.send_fds(control, [name.encode()], [channel.fileno()])
+    pid, handles, _, _ = socket.recv_fds(control, 64, 1)
+    if not pid or not handles:
+        raise WorkerDiedError("the nursery ended")
+    return int(pid), handles[0]

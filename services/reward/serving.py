@@ -1,0 +1,122 @@
+"""Runs the faces of the service together, from the first listening socket to the last answer."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import uvicorn
+
+from retort.config import ConfigError
+from retort.telemetry import log_event
+from services.reward.app import make_app
+from services.reward.checkers import Checker
+from services.reward.scorer import Scorer, open_scorer
+from services.reward.security import Security
+from services.reward.server import bind, make_server, report_health
+
+DRAIN_S = 10.0
+KEEP_ALIVE_S = 30
+
+
+async def serve(
+    checkers: Mapping[str, Checker],
+    host: str,
+    grpc_port: int,
+    http_port: int | None,
+    security: Security,
+    shadows: Mapping[str, str],
+    stop: asyncio.Event,
+) -> None:
+    """Serve until `stop` is set, then drain: not ready, no new calls, up to DRAIN_S for those in flight.
+
+    Port 0 lets the system choose, no HTTP port means no HTTP; the event "ready" in the log names the addresses.
+    Raises ConfigError if an address cannot be bound.
+    """
+    async with open_scorer(checkers, shadows) as scorer:
+        server, health = make_server(scorer, security)
+        addresses = {"address": bind(server, host, grpc_port, security)}
+        async with _http(scorer, host, http_port, security, addresses) as drain_http:
+            await server.start()
+            await report_health(health)
+            fields: dict[str, Any] = {**addresses, "checkers": ",".join(checkers)}
+            log_event("ready", **fields)
+            await stop.wait()
+
+            log_event("draining", at_most_s=DRAIN_S)
+            # Before the ports close: a load balancer that watches must hear it from us, not from failing calls.
+            drain_http()
+            await health.enter_graceful_shutdown()
+            await server.stop(grace=DRAIN_S)
+    log_event("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _http(
+    scorer: Scorer, host: str, port: int | None, security: Security, addresses: dict[str, str]
+) -> AsyncIterator["_Drain"]:
+    """Serves HTTP within the context, and adds its address; yields what turns it not ready."""
+    if port is None:
+        yield _Drain()
+        return
+    app = make_app(scorer, security)
+    listening = _listen(host, port)
+    bound = listening.getsockname()[1]
+    addresses["http"] = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    server = uvicorn.Server(_http_config(app, security))
+    serving = asyncio.create_task(_serve(server, listening))
+    try:
+        yield _Drain(app.state.service)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _Drain:
+    """Called once, when the service begins to drain."""
+
+    def __init__(self, service: object = None) -> None:
+        self._service = service
+
+    def __call__(self) -> None:
+        if self._service is not None:
+            self._service.ready = False  # type: ignore[attr-defined]
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
+    # Not server.serve(): that takes the signals, which are for both faces together.
+    await server._serve([listening])
+
+
+def _http_config(app: object, security: Security) -> uvicorn.Config:
+    tls = security.tls
+    files: dict[str, object] = {}
+    if tls is not None:
+        files = {"ssl_certfile": tls.certificate_file, "ssl_keyfile": tls.key_file}
+        if tls.client_authority_file is not None:
+            files |= {"ssl_ca_certs": str(tls.client_authority_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=int(DRAIN_S),
+        timeout_keep_alive=KEEP_ALIVE_S,
+        **files,  # type: ignore[arg-type]
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise ConfigError(
+            f"the reward service cannot listen on {host}:{port} for HTTP: {error.strerror}. "
+            "Choose another --http-port (0: any free one) or --host."
+        ) from None
+    return listening

@@ -1,0 +1,296 @@
+"""Everybody who calls the reward service: our client, the command line, other trainers, other languages."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from retort.cli.__main__ import main
+from retort.client import AsyncRewardClient, Item, Result, RewardClient, RewardServiceError, UnscorableError
+from retort.client.adapters import compute_score, trl_reward, verifiers_reward
+from tests.reward_service import ROOT, Service, reward_service
+
+pytestmark = pytest.mark.timeout(180)
+
+BUF = Path(sys.executable).with_name("buf")
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with reward_service("--http-port", "0") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[RewardClient]:
+    with RewardClient(service.address) as connected:
+        yield connected
+
+
+def test_results_come_in_the_order_of_the_items(client: RewardClient) -> None:
+    right, wrong, unknown = client.score([Item("mcq", "B", "B"), Item("mcq", "C", "B"), Item("mqc", "B", "B", id="x")])
+    assert (right.id, right.reward, right.checker) == ("0", 1.0, "mcq@1")
+    assert (wrong.reward, wrong.correct) == (0.0, False)
+    assert (unknown.id, unknown.reward) == ("x", None)
+    with pytest.raises(UnscorableError, match="item x is unscorable: no checker 'mqc'"):
+        unknown.value()
+
+
+def test_a_text_that_cannot_be_sent_is_refused_before_the_call(client: RewardClient) -> None:
+    with pytest.raises(ValueError, match="item 0 has a text with a lone surrogate"):
+        client.score([Item("mcq", "\ud800", "B")])
+
+
+def test_a_stream_takes_items_as_they_come_and_answers_each_by_its_id(service: Service) -> None:
+    async def run() -> list[Result]:
+        sent: asyncio.Queue[Item | None] = asyncio.Queue()
+
+        async def items() -> AsyncIterator[Item]:
+            while (item := await sent.get()) is not None:
+                yield item
+
+        results = []
+        async with AsyncRewardClient(service.address) as client:
+            await sent.put(Item("mcq", "B", "B", id="first"))
+            async for result in client.stream(items()):
+                results.append(result)
+                # The second is sent only when the first has been answered.
+                await sent.put(Item("mcq", "C", "B", id="second") if len(results) == 1 else None)
+        return results
+
+    assert [(result.id, result.reward) for result in asyncio.run(run())] == [("first", 1.0), ("second", 0.0)]
+
+
+def test_ten_thousand_items_in_one_stream(service: Service) -> None:
+    items = [Item("mcq", "ABCD"[n % 4], "B") for n in range(10_000)]
+
+    async def run() -> dict[str, float | None]:
+        async with AsyncRewardClient(service.address) as client:
+            return {result.id: result.reward async for result in client.stream(items)}
+
+    rewards = asyncio.run(run())
+    assert len(rewards) == 10_000
+    assert sum(reward or 0.0 for reward in rewards.values()) == 2_500
+
+
+def test_two_items_with_one_id_end_a_stream_by_name(service: Service) -> None:
+    async def run() -> None:
+        async with AsyncRewardClient(service.address) as client:
+            async for _ in client.stream([Item("mcq", "B", "B", id="a"), Item("mcq", "B", "B", id="a")]):
+                pass
+
+    with pytest.raises(RewardServiceError, match=re.escape("INVALID_ARGUMENT: items[1].id: 'a' is also the id")):
+        asyncio.run(run())
+
+
+def test_a_client_gives_up_at_its_deadline_and_names_the_address(unused_port: int) -> None:
+    started = time.monotonic()
+    with (
+        RewardClient(f"127.0.0.1:{unused_port}", timeout_s=0.5) as client,
+        pytest.raises(RewardServiceError, match=f"127.0.0.1:{unused_port}"),
+    ):
+        client.score([Item("mcq", "B", "B")])
+    assert time.monotonic() - started < 5
+
+
+def score_file(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "retort.cli", "score", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_file_is_scored_and_an_interrupted_one_resumed(service: Service, tmp_path: Path) -> None:
+    lines = [{"checker": "mcq", "completion": "ABCD"[n % 4], "answer": "B"} for n in range(1000)]
+    source, output = tmp_path / "items.jsonl", tmp_path / "results.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["score", str(source), str(output), "--address", service.address]) == 0
+    whole = output.read_text().splitlines()
+    assert len(whole) == 1000
+
+    output.write_text("\n".join(whole[:400]) + "\n" + whole[400][:20])
+    assert main(["score", str(source), str(output), "--address", service.address]) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [json.loads(line) for line in whole[:400]] == results[:400]
+    assert len({result["id"] for result in results}) == len(results) == 1000
+    assert sum(result["reward"] for result in results) == 250.0
+
+
+def test_an_unscorable_line_is_written_and_ends_with_1(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").write_text('{"completion": "B", "answer": ""}\n')
+    arguments = ["score", str(tmp_path / "in"), str(tmp_path / "out"), "--checker", "mcq", "--address", service.address]
+    assert main(arguments) == 1
+    assert json.loads((tmp_path / "out").read_text())["unscorable"]["reason"].startswith("answer is empty")
+    assert capsys.readouterr().out == f"1 results, 1 unscorable: {tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "line 1: JSONDecodeError"),
+        ('{"checker": "mcq"}', "line 1: KeyError: 'completion'"),
+        ('{"completion": "", "answer": ""}', "line 1: names no checker"),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str
+) -> None:
+    (tmp_path / "in").write_text(line + "\n")
+    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_new_checker_passes_its_own_test_and_serves(tmp_path: Path) -> None:
+    folder = tmp_path / "contains"
+    assert main(["checker", "new", "contains", "--directory", str(folder)]) == 0
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_contains.py"]
+    done = subprocess.run(test, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+    # What pip would write when it installs the package.
+    metadata = folder / "contains-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: contains\nVersion: 0.1.0\n")
+    (metadata / "entry_points.txt").write_text("[retort.checkers]\ncontains = contains:Contains\n")
+    with reward_service(python_path=str(folder)) as service, RewardClient(service.address) as client:
+        (result,) = client.score([Item("contains", "It is helium.", "helium")])
+    assert (result.reward, result.checker) == (1.0, "contains@1")
+
+
+def test_trl_gets_a_list_of_rewards_with_none_for_no_reward(client: RewardClient) -> None:
+    """As GRPOTrainer calls it: keyword arguments, the columns of the data set among them (TRL 1.16)."""
+    reward = trl_reward(client, "mcq")
+    chat = [[{"role": "assistant", "content": "<answer>B</answer>"}], [{"role": "assistant", "content": "C"}]]
+    columns = {"prompts": ["?", "?"], "completion_ids": [[1], [2]], "trainer_state": None, "log_extra": None}
+    assert reward(completions=chat, answer=["B", "B"], **columns) == [1.0, 0.0]
+    assert reward(completions=["B", "B"], answer=["B", ""], **columns) == [1.0, None]
+    assert reward.__name__ == "retort_mcq"
+
+
+def test_verl_gets_a_dictionary_with_a_score(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verl's reward loop calls it: four keyword arguments and `reward_kwargs` (verl 0.9)."""
+    monkeypatch.setenv("RETORT_REWARD_SERVICE", service.address)
+    score = compute_score(
+        data_source="sciknoweval", solution_str="<answer>B</answer>", ground_truth="B", extra_info={"index": 1}
+    )
+    assert score == {"score": 1.0, "acc": 1.0, "pred": "B", "format_ok": 1.0}
+    with pytest.raises(UnscorableError):
+        compute_score(data_source="", solution_str="B", ground_truth="", extra_info=None, checker="mcq")
+
+
+def test_verifiers_gets_an_awaitable_reward(service: Service) -> None:
+    """As a Rubric calls it: by the names of its parameters, extra ones included (verifiers 0.1)."""
+
+    async def run() -> float:
+        async with AsyncRewardClient(service.address) as client:
+            reward = verifiers_reward(client, "mcq")
+            messages = [{"role": "assistant", "content": "<answer>B</answer>"}]
+            return await reward(completion=messages, answer="B", prompt=[], state={}, info={})
+
+    assert asyncio.run(run()) == 1.0
+
+
+NODE = """
+const grpc = require('@grpc/grpc-js');
+const loader = require('@grpc/proto-loader');
+const [address, proto] = process.argv.slice(2);
+const definition = loader.loadSync(proto, {keepCase: true, defaults: true, oneofs: true});
+const { reward } = grpc.loadPackageDefinition(definition);
+const client = new reward.v1.RewardService(address, grpc.credentials.createInsecure());
+const items = [
+  {id: '1', checker: 'mcq', completion: '<answer>B</answer>', answer: 'B'},
+  {id: '2', checker: 'mqc', completion: '<answer>B</answer>', answer: 'B'},
+];
+client.Score({items}, (error, response) => {
+  if (error) throw error;
+  console.log(JSON.stringify(response.results.map(r => [r.id, r.outcome, r.reward && r.reward.value])));
+});
+"""
+
+
+def test_a_node_client_that_loads_the_proto_at_run_time(service: Service, tmp_path: Path) -> None:
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    (tmp_path / "client.js").write_text(NODE)
+    install = ["npm", "install", "--no-audit", "--no-fund", "@grpc/grpc-js@1", "@grpc/proto-loader@0"]
+    installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    if installed.returncode:
+        pytest.skip(f"npm install failed: {installed.stderr[-300:]}")
+    command = ["node", "client.js", service.address, str(ROOT / "proto/reward/v1/reward.proto")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert json.loads(done.stdout) == [["1", "reward", 1], ["2", "unscorable", None]], done.stderr
+
+
+def test_the_proto_is_backward_compatible_with_the_last_commit(tmp_path: Path) -> None:
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode:
+        pytest.skip("no git repository")
+    old = tmp_path / "reward" / "v1"
+    old.mkdir(parents=True)
+    show = ["git", "show", "HEAD:proto/reward/v1/reward.proto"]
+    (old / "reward.proto").write_bytes(subprocess.run(show, cwd=ROOT, check=True, capture_output=True).stdout)
+    breaking = [BUF, "breaking", "proto", "--against", str(tmp_path)]
+    done = subprocess.run(breaking, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_buf_would_see_a_breaking_change(tmp_path: Path) -> None:
+    new = tmp_path / "reward" / "v1"
+    new.mkdir(parents=True)
+    text = (ROOT / "proto/reward/v1/reward.proto").read_text()
+    (new / "reward.proto").write_text(text.replace("string reason = 1;", "int32 reason = 1;"))
+    breaking = [BUF, "breaking", str(tmp_path), "--against", "proto"]
+    done = subprocess.run(breaking, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "reason" in done.stdout
+
+
+def test_any_request_that_the_api_page_allows_is_answered_as_it_says(service: Service) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, settings
+
+    schema = schemathesis.openapi.from_url(f"{service.http}/openapi.json")
+    codes = set()
+
+    for operation in schema.include(path_regex="^/(v1|compat)").get_all_operations():
+
+        @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @schemathesis_given(operation.ok())
+        def call(case: object) -> None:
+            answer = case.call()  # type: ignore[attr-defined]
+            codes.add(answer.status_code)
+            assert answer.status_code < 500, answer.text
+
+        call()
+    assert 200 in codes
+
+
+def schemathesis_given(operation: object) -> object:
+    from hypothesis import given
+
+    return given(case=operation.as_strategy())  # type: ignore[attr-defined]
+
+
+def test_ctrl_c_leaves_a_file_that_can_be_continued(service: Service, tmp_path: Path) -> None:
+    source, output = tmp_path / "items.jsonl", tmp_path / "results.jsonl"
+    line = json.dumps({"checker": "python_tests", "completion": "import time; time.sleep(0.3)", "answer": "assert 1"})
+    source.write_text(f"{line}\n" * 30)
+    command = [sys.executable, "-m", "retort.cli", "score", str(source), str(output), "--address", service.address]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up and not (output.exists() and output.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    process.communicate()
+    done = score_file(str(source), str(output), "--address", service.address)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("30 results, 0 unscorable, mean reward 1.0000")

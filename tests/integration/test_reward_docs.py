@@ -1,0 +1,66 @@
+"""Every command that the documents show is run, as it stands, against a service on other ports."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.reward_service import ROOT, Service, reward_service
+
+pytestmark = pytest.mark.timeout(120)
+
+DOCUMENTS = ("services/reward/README.md", "docs/reward-api.md")
+
+
+def blocks(language: str) -> list[str]:
+    texts = [(ROOT / document).read_text() for document in DOCUMENTS]
+    return [
+        block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with reward_service("--http-port", "0") as running:
+        yield running
+
+
+def here(text: str, service: Service) -> str:
+    http = service.http.removeprefix("http://")
+    return text.replace("127.0.0.1:8081", http).replace("127.0.0.1:50051", service.address)
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=range(len(blocks("sh"))))
+def test_a_command_of_the_documents_runs(block: str, service: Service) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", here(block, service)],
+        env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    if "Score" in block or "/v1/score" in block:
+        results = json.loads(done.stdout)["results"]
+        assert [result for result in results if "reward" in result]
+        by_id = {result["id"]: result.get("reward") for result in results}
+        assert by_id.get("right", 1.0) == 1.0
+        assert by_id.get("wrong", 0.0) == 0.0
+        assert by_id.get("typo") is None
+        assert by_id.get("program", 1.0) == by_id.get("formula", 1.0) == by_id.get("both", 1.0) == 1.0
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=range(len(blocks("python"))))
+def test_a_program_of_the_documents_runs(block: str, service: Service) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", here(block, service)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reward=1.0" in done.stdout

@@ -1,0 +1,111 @@
+"""A service that has as much in hand as it takes."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import grpc
+import httpx
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+
+from retort.client import AsyncRewardClient, Item
+from retort.proto.reward.v1 import reward_pb2, reward_pb2_grpc
+from services.reward.admission import Admission
+from services.reward.app import make_app
+from services.reward.checkers import Checker, Reward, Verdict
+from services.reward.isolation.pool import WorkerPool
+from services.reward.scorer import Scorer
+from services.reward.security import Security
+from services.reward.server import bind, make_server
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Waits(Checker):
+    """Answers when it is let go."""
+
+    name, version, description, quick = "waits", "1", "", True
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.go = threading.Event()
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        self.entered.set()
+        self.go.wait(30)
+        return Reward(value=1.0, correct=True, parsed="", format_ok=True, rule="", explanation="")
+
+
+@asynccontextmanager
+async def small_service(checker: Waits) -> AsyncIterator[tuple[Scorer, str]]:
+    """Takes two items at a time."""
+    scorer = Scorer({"waits": checker}, WorkerPool(), Admission(max_items=2))
+    server, _ = make_server(scorer, Security())
+    address = bind(server, "127.0.0.1", 0, Security())
+    await server.start()
+    try:
+        yield scorer, address
+    finally:
+        checker.go.set()
+        await server.stop(grace=5)
+
+
+def test_a_full_service_says_when_to_come_back() -> None:
+    async def run() -> grpc.aio.AioRpcError:
+        checker = Waits()
+        async with small_service(checker) as (_, address), grpc.aio.insecure_channel(address) as channel:
+            score = reward_pb2_grpc.RewardServiceStub(channel).Score
+            request = reward_pb2.ScoreRequest(items=[reward_pb2.Item(id=name, checker="waits") for name in ("a", "b")])
+            first = asyncio.ensure_future(score(request, timeout=30))
+            await asyncio.to_thread(checker.entered.wait, 30)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await score(request, timeout=30)
+            checker.go.set()
+            assert len((await first).results) == 2
+            return refused.value
+
+    error = asyncio.run(run())
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details().startswith("2 items are in flight and 2 more would be over 2")
+    trailing = dict(error.trailing_metadata())
+    assert trailing["grpc-retry-pushback-ms"] == "500"
+    hint = RetryInfo()
+    assert Status.FromString(trailing["grpc-status-details-bin"]).details[0].Unpack(hint)
+    assert hint.retry_delay.ToMilliseconds() == 500
+
+
+def test_and_the_client_comes_back() -> None:
+    async def run() -> list[float | None]:
+        checker = Waits()
+        async with small_service(checker) as (_, address), AsyncRewardClient(address, timeout_s=30) as client:
+            first = asyncio.create_task(client.score([Item("waits", "", "")] * 2))
+            await asyncio.to_thread(checker.entered.wait, 30)
+            second = asyncio.create_task(client.score([Item("waits", "", "")]))
+            # Long enough for a first refusal; the hint is half a second.
+            await asyncio.wait([second], timeout=0.2)
+            checker.go.set()
+            return [result.reward for result in [*await first, *await second]]
+
+    assert asyncio.run(run()) == [1.0, 1.0, 1.0]
+
+
+def test_a_full_service_says_the_same_over_http() -> None:
+    async def run() -> httpx.Response:
+        checker = Waits()
+        async with small_service(checker) as (scorer, _):
+            transport = httpx.ASGITransport(make_app(scorer, Security()))
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+                body = {"items": [{"id": name, "checker": "waits", "completion": "", "answer": ""} for name in "ab"]}
+                first = asyncio.create_task(http.post("/v1/score", json=body))
+                await asyncio.to_thread(checker.entered.wait, 30)
+                refused = await http.post("/v1/score", json=body)
+                checker.go.set()
+                assert (await first).status_code == 200
+                return refused
+
+    refused = asyncio.run(run())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json()["error"].startswith("2 items are in flight")

@@ -1,0 +1,38 @@
+"""The responses that the gRPC face writes by hand are the protobuf messages that they stand for."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retort.proto.reward.v1 import reward_pb2
+from services.reward.checkers import Reward, Unscorable
+from services.reward.scoring import Scored
+from services.reward.server import _decoder, _Writer
+
+TEXT = st.text(max_size=300)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+REWARDS = st.builds(
+    Reward, value=FINITE, correct=st.booleans(), parsed=TEXT, format_ok=st.booleans(), rule=TEXT, explanation=TEXT
+)
+SCORED = st.builds(Scored, REWARDS | st.builds(Unscorable, reason=TEXT), TEXT, st.floats(0, 1e6))
+
+
+@given(st.lists(st.tuples(TEXT, SCORED), max_size=5))
+def test_what_is_written_is_read_as_the_same_results(pairs: list[tuple[str, Scored]]) -> None:
+    write = _Writer().write
+    # Twice each, so that what the writer remembers is used.
+    response = reward_pb2.ScoreResponse.FromString(b"".join(write(*pair) for pair in [*pairs, *pairs]))
+    assert len(response.results) == 2 * len(pairs)
+    for result, (item_id, (verdict, checker, seconds)) in zip(response.results, [*pairs, *pairs], strict=True):
+        assert (result.id, result.checker, result.seconds) == (item_id, checker, seconds)
+        if isinstance(verdict, Reward):
+            reward = result.reward
+            assert (reward.value, reward.correct, reward.parsed) == (verdict.value, verdict.correct, verdict.parsed)
+            assert (reward.format_ok, reward.rule) == (verdict.format_ok, verdict.rule)
+            assert (result.WhichOneof("outcome"), reward.explanation) == ("reward", verdict.explanation)
+        else:
+            assert (result.WhichOneof("outcome"), result.unscorable.reason) == ("unscorable", verdict.reason)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_none(data: bytes) -> None:
+    assert isinstance(_decoder(reward_pb2.ScoreRequest)(data), reward_pb2.ScoreRequest | None)
