@@ -282,7 +282,7 @@ def schemathesis_given(operation: object) -> object:
 def test_ctrl_c_leaves_a_file_that_can_be_continued(service: Service, tmp_path: Path) -> None:
     source, output = tmp_path / "items.jsonl", tmp_path / "results.jsonl"
     line = json.dumps({"checker": "python_tests", "completion": "import time; time.sleep(0.3)", "answer": "assert 1"})
-    source.write_text(f"{line}\n" * 30)
+    source.write_text(f"{line}\n" * 90)
     command = [sys.executable, "-m", "retort.cli", "score", str(source), str(output), "--address", service.address]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     give_up = time.monotonic() + 60
@@ -293,4 +293,4 @@ def test_ctrl_c_leaves_a_file_that_can_be_continued(service: Service, tmp_path: 
     process.communicate()
     done = score_file(str(source), str(output), "--address", service.address)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("30 results, 0 unscorable, mean reward 1.0000")
+    assert done.stdout.startswith("90 results, 0 unscorable, mean reward 1.0000")
