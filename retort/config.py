@@ -56,7 +56,7 @@ class ModelConfig(Config):
 
 class DataConfig(Config):
     train: str
-    """JSON Lines file of training questions: `messages`, or `prompt` and `system`; `answer`; `data_source`."""
+    """JSON Lines or Parquet file of training questions; docs/data.md has its columns."""
     validation: str
     """The same for questions that are never trained on."""
     checker: str = "mcq"
@@ -142,6 +142,9 @@ class TrainerConfig(Config):
     """Recompute activations in the backward pass."""
     max_logprob_gap: PositiveFloat = 0.5
     """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
+    score_idle_rows: bool = False
+    """Take the old log-probs of completions with advantage 0 too. They teach nothing, but `actor/entropy` and
+    `rollout_corr/*` then cover every token, as in published runs, at the cost of one forward pass."""
     deterministic: bool = False
     """Deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
 

@@ -82,7 +82,9 @@ def run(config: RunConfig) -> int:
             log_event("resumed", version=policy.version)
 
         def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
-            return assemble(step, groups, [work.question(group) for group in groups], tokenizer, config.method)
+            asked = [work.question(group) for group in groups]
+            idle_too = config.trainer.score_idle_rows
+            return assemble(step, groups, asked, tokenizer, config.method, scores_idle_rows=idle_too)
 
         journal, steps, sender = Journal(), Steps(assemble_step), None
         if is_first:

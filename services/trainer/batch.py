@@ -41,8 +41,10 @@ class StepBatch:
     """[N]"""
     teaches_without_advantage: bool = False
     """Whether rows with advantage 0 have a gradient too, because their teacher has a say."""
+    scores_idle_rows: bool = False
+    """Whether rows without a gradient get old logprobs too, for the metrics."""
     teacher_logprobs: Tensor = field(init=False)
-    """[N] filled in by the training step, as are the old logprobs; meaningless in rows that are not active."""
+    """[N] filled in by the training step, as are the old logprobs; meaningless in rows that were not scored."""
     old_logprobs: Tensor = field(init=False)
     entropies: Tensor = field(init=False)
     token_weights: Tensor = field(init=False)
@@ -71,6 +73,11 @@ class StepBatch:
             for row, advantage in enumerate(self.advantages.tolist())
             if advantage or (self.teaches_without_advantage and self.teacher_prompts[row] is not None)
         ]
+
+    @property
+    def scored_rows(self) -> list[int]:
+        """Rows that get old logprobs: what the engine is compared on."""
+        return list(range(len(self.rollouts))) if self.scores_idle_rows else self.active_rows
 
     @property
     def taught_rows(self) -> list[int]:
@@ -113,6 +120,8 @@ def assemble(
     questions: Sequence[Question],
     tokenizer: "PreTrainedTokenizerBase",
     config: MethodConfig,
+    *,
+    scores_idle_rows: bool = False,
 ) -> StepBatch:
     """Advantages within each group, and for each row the solution that its teacher is shown.
 
@@ -143,6 +152,7 @@ def assemble(
         advantages=torch.tensor(method.advantages(shaped, members), dtype=torch.float64),
         rollout_logprobs=torch.tensor([lp for rollout in rollouts for lp in rollout.rollout_logprobs]),
         teaches_without_advantage=method.teaches_without_advantage,
+        scores_idle_rows=scores_idle_rows,
     )
 
 

@@ -22,7 +22,7 @@ class Guards:
 
     def check_engine(self, batch: StepBatch) -> None:
         """Compare what the engine said when it sampled with what the trainer says of the same tokens."""
-        tokens = batch.tokens_of(batch.active_rows)
+        tokens = batch.tokens_of(batch.scored_rows)
         if not len(tokens):
             return
         gap = float((batch.old_logprobs[tokens] - batch.rollout_logprobs[tokens]).abs().mean())

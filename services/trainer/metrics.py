@@ -77,8 +77,8 @@ def _lengths(batch: StepBatch, max_completion_tokens: int) -> dict[str, float]:
 
 
 def _engine(batch: StepBatch, max_rollout_ratio: float) -> dict[str, float]:
-    """Engine against trainer, over the rows that were computed: those with an advantage."""
-    rows = [row for row in batch.active_rows if batch.lengths[row]]
+    """Engine against trainer, over the rows that have old logprobs."""
+    rows = [row for row in batch.scored_rows if batch.lengths[row]]
     if not rows:
         return {}
     tokens = batch.tokens_of(rows)

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from retort.config import ConfigError
+from retort.config import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Row(msgspec.Struct):
-    """A line as it stands in the file. Other keys are allowed and mean nothing here."""
+    """A row as it stands in the file. Other keys are allowed and mean nothing here."""
 
     answer: str
     messages: list[dict[str, str]] = []
@@ -36,25 +36,26 @@ class _Row(msgspec.Struct):
 
 
 def load_questions(path: Path | str) -> list[Question]:
-    """Read a JSON Lines file of questions.
+    """Read a file of questions: Parquet if it is called so, else JSON Lines.
 
-    A line holds `answer` and either `messages`, or `prompt` with an optional `system`. The data source is
-    `data_source`, else `dataset`, else the file's name without its ending.
+    A row holds `answer` and either `messages`, or `prompt` with an optional `system`. The data source is
+    `data_source`, else `dataset`, else the file's name without its ending. docs/data.md shows it.
     Raises ConfigError, naming file, line and what is wrong.
     """
     path = Path(path)
+    is_parquet = path.suffix == ".parquet"
     try:
-        lines = path.read_bytes().splitlines()
+        rows = _parquet_rows(path) if is_parquet else _lines(path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the data file: {error.strerror}.") from None
-    if not lines:
-        raise ConfigError(f"{path}: the data file is empty; expected a JSON object with a question on each line.")
+        raise ConfigError(f"{path}: cannot read the data file: {error.strerror or error}.") from None
+    if not rows:
+        raise ConfigError(f"{path}: the data file is empty; expected a question in each {_place(is_parquet)}.")
     questions = []
-    for index, line in enumerate(lines):
+    for index, row in enumerate(rows):
         try:
-            questions.append(_question(line, index, default_source=path.stem))
+            questions.append(_question(row, index, default_source=path.stem))
         except (msgspec.DecodeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {index + 1}: {error}") from None
+            raise ConfigError(f"{path}, {_place(is_parquet)} {index + 1}: {error}") from None
     return questions
 
 
@@ -75,8 +76,32 @@ def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _question(line: bytes, index: int, *, default_source: str) -> Question:
-    row = msgspec.json.decode(line, type=_Row)
+def _place(is_parquet: bool) -> str:
+    return "row" if is_parquet else "line"
+
+
+def _lines(path: Path) -> Sequence[bytes | dict[str, Any]]:
+    return path.read_bytes().splitlines()
+
+
+def _parquet_rows(path: Path) -> Sequence[bytes | dict[str, Any]]:
+    """The columns that mean something here, row by row. A null is a value that is not there."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingDependencyError(f"{path}: reading Parquet needs pyarrow, of the extra `trainer`.") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in _Row.__struct_fields__]
+            rows = file.read(columns).to_pylist()
+    except arrow.ArrowInvalid as error:
+        raise ConfigError(f"{path}: not a Parquet file: {error}") from None
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def _question(data: bytes | dict[str, Any], index: int, *, default_source: str) -> Question:
+    row = msgspec.json.decode(data, type=_Row) if isinstance(data, bytes) else msgspec.convert(data, _Row)
     if not row.answer:
         raise ValueError("`answer` is empty; the checker has nothing to compare a completion with.")
     messages = row.messages or _messages_from_prompt(row)

@@ -38,7 +38,7 @@ def train(
 
     while policy.version < settings.steps and (batch := steps.take(policy.version + 1)):
         with journal.timing("old_logprobs"):
-            batch.old_logprobs, batch.entropies = policy.score(batch, batch.active_rows, batch.prompts)
+            batch.old_logprobs, batch.entropies = policy.score(batch, batch.scored_rows, batch.prompts)
         with journal.timing("teacher"), teacher.in_place_of(policy):
             batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts)
         guards.check_engine(batch)

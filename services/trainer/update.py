@@ -11,7 +11,7 @@ from retort.config import MethodConfig
 from services.trainer.batch import StepBatch
 from services.trainer.loss import aggregation_weights
 from services.trainer.methods import Evidence, method_of
-from services.trainer.moments import merge
+from services.trainer.moments import merge, moments
 from services.trainer.packing import MicroBatch
 from services.trainer.policy import Policy
 from services.trainer.ranks import gather_all
@@ -56,8 +56,10 @@ def update_policy(
         horizon=config.horizon,
     )
     loss = torch.zeros((), dtype=torch.float64)
-    statistics = [torch.zeros(7, 3, dtype=torch.float64)]
     active = set(batch.active_rows)
+    # Counted once, not on every rank.
+    idle = [row for row in rows if row not in active] if policy.rank == 0 else []
+    statistics = [_idle_statistics(batch, idle, config)]
     for micro_batch in policy.micro_batches(batch, [row for row in rows if row in active], batch.prompts):
         logprobs = policy.logprobs(micro_batch)
         if not micro_batch.rows:
@@ -74,6 +76,23 @@ def update_policy(
     grad_norm = policy.step(learning_rate) if math.isfinite(total) else policy.drop_gradient()
     merged = merge(gather_all(merge(torch.stack(statistics))))
     return Update(total, grad_norm, learning_rate, merged[:3], merged[3:])
+
+
+def _idle_statistics(batch: StepBatch, rows: Sequence[int], config: MethodConfig) -> Tensor:
+    """Statistics [7, 3] of rows that no pass sees: without an advantage no clip binds and every token weight is 1.
+
+    How far the policy moved on them is not known, so they have no part in that mean.
+    """
+    row = batch.row_of_tokens(rows)
+    zeros = torch.zeros(len(row), dtype=torch.float64)
+    evidence = Evidence(
+        student_logprobs=zeros,
+        teacher_logprobs=zeros,
+        advantages=zeros,
+        has_demonstration=batch.has_demonstration[row],
+    )
+    weights = method_of(config).reweighting(evidence, 0.0, config)
+    return torch.cat([torch.stack([moments(zeros), moments(zeros), moments(zeros[:0])]), weights.statistics])
 
 
 def _loss(

@@ -69,6 +69,13 @@ def test_only_rows_with_an_advantage_are_active_and_only_those_with_a_demonstrat
     assert batch.taught_rows == [0]
 
 
+def test_rows_without_an_advantage_are_scored_only_for_the_metrics() -> None:
+    batch = assembled([0.0, 1.0], [1.0, 1.0])
+    assert batch.scored_rows == batch.active_rows == [0, 1]
+    batch.scores_idle_rows = True
+    assert (batch.scored_rows, batch.active_rows, batch.taught_rows) == ([0, 1, 2, 3], [0, 1], [0])
+
+
 def test_tokens_are_flat_row_after_row() -> None:
     batch = rows_of_lengths(2, 0, 3)
     assert batch.tokens_of([2, 0]).tolist() == [2, 3, 4, 0, 1]

@@ -57,6 +57,12 @@ def test_entropy_covers_the_rows_that_were_scored() -> None:
     assert metrics_of()["actor/entropy"] == pytest.approx(2.0)
 
 
+def test_with_idle_rows_scored_entropy_covers_every_token() -> None:
+    batch = a_step()
+    batch.scores_idle_rows = True
+    assert step_metrics(batch, [an_update()], 8, 2.0)["actor/entropy"] == pytest.approx((5 * 1 + 5 * 3 + 2 * 99) / 12)
+
+
 def test_an_engine_that_agrees_has_ratio_1() -> None:
     metrics = metrics_of()
     assert metrics["rollout_corr/rollout_is_mean"] == 1.0

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
@@ -71,6 +73,55 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path: Path, line: str,
 def test_a_missing_file_and_an_empty_file_are_configuration_errors(tmp_path: Path) -> None:
     assert error_of(tmp_path / "none.jsonl").endswith("cannot read the data file: No such file or directory.")
     assert "the data file is empty" in error_of(a_file(tmp_path))
+
+
+def test_the_lines_that_the_documentation_shows_are_questions(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = page.partition("```json\n")[2].partition("```")[0].splitlines()
+    questions = load_questions(a_file(tmp_path, *lines))
+    assert [(question.answer, question.data_source) for question in questions] == [
+        ("B", "gases"),
+        ("18.015 g/mol", "quiz"),
+        ("B", "quiz"),
+    ]
+
+
+def a_parquet_file(directory: Path, **columns: list[object]) -> Path:
+    path = directory / "quiz.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_rows_mean_what_the_same_lines_mean(tmp_path: Path) -> None:
+    path = a_parquet_file(
+        tmp_path,
+        messages=[[{"role": "user", "content": "Q?"}], None],
+        prompt=[None, "P"],
+        system=[None, "S"],
+        answer=["B", "C"],
+        elo=[1500, 1500],
+    )
+    lines = a_file(
+        tmp_path,
+        '{"messages": [{"role": "user", "content": "Q?"}], "answer": "B"}',
+        '{"prompt": "P", "system": "S", "answer": "C"}',
+    )
+    assert load_questions(path) == load_questions(lines)
+
+
+def test_what_is_wrong_in_a_parquet_file_is_named_by_row(tmp_path: Path) -> None:
+    path = a_parquet_file(tmp_path, prompt=["P", "P"], answer=["A", None])
+    assert error_of(path) == f"{path}, row 2: Object missing required field `answer`"
+    path = a_parquet_file(tmp_path, prompt=["P"], answer=[2])
+    assert error_of(path) == f"{path}, row 1: Expected `str`, got `int` - at `$.answer`"
+
+
+def test_a_parquet_file_without_rows_and_one_that_is_none_are_configuration_errors(tmp_path: Path) -> None:
+    path = a_parquet_file(tmp_path, prompt=[], answer=[])
+    assert error_of(path) == f"{path}: the data file is empty; expected a question in each row."
+    path.write_text(GOOD)
+    assert error_of(path).startswith(f"{path}: not a Parquet file: ")
+    assert "No such file" in error_of(tmp_path / "none.parquet")
 
 
 def test_a_prompt_ends_with_the_assistant_header_and_an_empty_think_block() -> None:

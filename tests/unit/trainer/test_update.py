@@ -84,6 +84,25 @@ def test_an_update_without_any_advantage_still_decays_moments_and_weights(mesh: 
     assert all(not torch.equal(*pair) for pair in zip(weights(policy), before, strict=True))
 
 
+def test_rows_that_no_pass_sees_count_in_the_shares_of_tokens(mesh: DeviceMesh) -> None:
+    policy = a_policy(mesh)
+    batch = a_step(policy, [0.5, 0.0, -0.5, 0.0], taught=True)
+    batch.teacher_logprobs = batch.old_logprobs - 1.0
+    batch.old_logprobs = batch.old_logprobs - 1.0
+    update = update_policy(policy, batch, [0, 1, 2, 3], RLSD, learning_rate=0.0)
+    # Rows of 3, 1, 2 and 4 tokens, the second and last idle. Ratio e: of the first row's tokens all are clipped.
+    assert loss_metrics(update.loss_statistics) == pytest.approx(
+        {"actor/pg_clipfrac": 3 / 10, "actor/pg_clipfrac_lower": 0.0, "actor/ppo_kl": -1.0}
+    )
+    # The teacher finds every token e times less likely: w = 1/e where A > 0, e where A < 0, 1 where it is idle.
+    metrics = weight_metrics(update.weight_statistics)
+    metrics = {name.removeprefix("self_distillation/token_reweight_"): value for name, value in metrics.items()}
+    assert metrics["active_token_fraction"] == 1.0
+    assert metrics["w_mean"] == pytest.approx((3 / math.e + 2 * math.e + 5) / 10)
+    assert metrics["w_clipped_mean"] == pytest.approx((3 * 0.8 + 2 * 1.2 + 5) / 10)
+    assert metrics["w_clip_frac"] == pytest.approx(5 / 10)
+
+
 def test_a_fresh_optimizer_without_any_advantage_decays_the_weights_alone(mesh: DeviceMesh) -> None:
     policy = a_policy(mesh)
     before = weights(policy)
