@@ -122,8 +122,9 @@ class TrainerConfig(Config):
     """Completions per prompt."""
     groups_per_update: PositiveInt = 8
     """An update averages over `groups_per_update * group_size` completions, whatever the number of ranks."""
-    update_order: Literal["length_sweep", "shuffle", "group"] = "length_sweep"
-    """How a step's completions are dealt to updates. `length_sweep`: alike in length, short to long to short."""
+    update_order: Literal["arrival", "length_sweep", "shuffle", "group"] = "arrival"
+    """How a step's completions are dealt to updates. `arrival`: an update starts when its groups are there, all of one
+    policy version. The others wait for the whole step; `length_sweep`: alike in length, short to long to short."""
     max_staleness: NonNegativeInt = 0
     """Oldest policy that may sample for a step, in versions behind the trainer. 0 is on-policy."""
     learning_rate: PositiveFloat = 1e-6
@@ -147,6 +148,11 @@ class TrainerConfig(Config):
     `rollout_corr/*` then cover every token, as in published runs, at the cost of one forward pass."""
     deterministic: bool = False
     """Deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the updates of a step start before all of its groups are there."""
+        return self.update_order == "arrival" and self.groups_per_update < self.groups_per_step
 
 
 class MethodConfig(Config):
@@ -274,6 +280,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"trainer.groups_per_step = {self.trainer.groups_per_step} is not a multiple of "
                 f"trainer.groups_per_update = {self.trainer.groups_per_update}"
+            )
+        if self.trainer.deterministic and self.trainer.update_order == "arrival":
+            raise ValueError(
+                "trainer.deterministic = true needs another trainer.update_order than 'arrival', which depends on time"
             )
         if self.sampling.max_completion_tokens >= self.model.max_length:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Which question belongs to which step, and the wait for its finished groups. Rank 0 only."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,9 +132,26 @@ class GroupReader:
 
         Raises StalledError, naming what is missing, when none arrives for `stall_s` or one has been given up.
         """
+        for _ in self.arrivals(items, len(items)):
+            pass
+        return [self._groups[item.group_id] for item in items]
+
+    def arrivals(self, items: Sequence[WorkItem], size: int) -> Iterator[list[RolloutGroup]]:
+        """The items' groups as they arrive: each time all that are there, in a multiple of `size`.
+
+        After a restart they come in the same order again. Raises as `collect` does.
+        """
         awaited = {item.group_id: item for item in items}
+        while awaited:
+            arrived = self._wait_for(awaited, size)
+            yield [self._groups[group_id] for group_id in arrived]
+            for group_id in arrived:
+                del awaited[group_id]
+
+    def _wait_for(self, awaited: Mapping[str, WorkItem], size: int) -> list[str]:
         last_arrival = asked = time.monotonic()
-        while missing := [item for group_id, item in awaited.items() if group_id not in self._groups]:
+        while len(there := [group_id for group_id in self._groups if group_id in awaited]) < size:
+            missing = [item for group_id, item in awaited.items() if group_id not in self._groups]
             arrived = self.queue.read_groups(self.kind, self._cursor, POLL_S, len(missing))
             for entry_id, group in arrived:
                 self._cursor = entry_id
@@ -152,7 +169,7 @@ class GroupReader:
                 asked = now
             if now - last_arrival > self.stall_s:
                 raise StalledError(self._stalled(missing))
-        return [self._groups[item.group_id] for item in items]
+        return there[: len(there) // size * size]
 
     def release(self, is_done: Callable[[RolloutGroup], bool]) -> None:
         """Let the groups leave Redis that a durable checkpoint has made unnecessary."""

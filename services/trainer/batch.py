@@ -2,10 +2,10 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepBatch:
-    """The R completions of a step, group after group. N counts their tokens; per-token tensors are flat [N]."""
+    """The R completions of a step, or of a part of it, group after group.
+
+    N counts their tokens; per-token tensors are flat [N].
+    """
 
     step: int
     groups: list[RolloutGroup]
@@ -98,8 +101,10 @@ class StepBatch:
         """Per-token values [N] as one list per row."""
         return [part.tolist() for part in torch.split(per_token, self.lengths.tolist())]
 
-    def updates(self, order: Literal["length_sweep", "shuffle", "group"], size: int, seed: int) -> list[list[int]]:
-        """Deal the rows to updates of `size` rows.
+    def updates(
+        self, order: Literal["arrival", "length_sweep", "shuffle", "group"], size: int, seed: int
+    ) -> list[list[int]]:
+        """Deal the rows to updates of `size` rows; as they stand, unless the order is another.
 
         `length_sweep` is the reference run's order: rows alike in length, short to long and back to short. There it
         comes about by 8 GPUs sorting their shares up and down in turn; here by taking every other row of the sorted
@@ -112,6 +117,30 @@ class StepBatch:
             rows.sort(key=lambda row: int(self.lengths[row]))
             rows = rows[0::2] + rows[1::2][::-1]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def join(parts: Sequence[StepBatch]) -> StepBatch:
+    """The parts of a step as one batch, with everything that was computed for them."""
+
+    def listed(name: str) -> list[Any]:
+        return [one for part in parts for one in getattr(part, name)]
+
+    def concatenated(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    whole = replace(
+        parts[0],
+        groups=listed("groups"),
+        rollouts=listed("rollouts"),
+        prompts=listed("prompts"),
+        teacher_prompts=listed("teacher_prompts"),
+        demonstrations=listed("demonstrations"),
+        advantages=concatenated("advantages"),
+        rollout_logprobs=concatenated("rollout_logprobs"),
+    )
+    for name in ("teacher_logprobs", "old_logprobs", "entropies", "token_weights"):
+        setattr(whole, name, concatenated(name))
+    return whole
 
 
 def assemble(

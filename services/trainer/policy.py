@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
+from services.trainer.weight_copy import WeightCopy
 
 
 class Policy:
@@ -77,14 +79,24 @@ class Policy:
             yield pack([rows[index] for index in indices], prompts, completions, self.device)
 
     @torch.no_grad()
-    def score(self, batch: StepBatch, rows: Sequence[int], prompts: Sequence[Sequence[int] | None]) -> TokenScores:
-        """Log-probs and entropies of the rows' tokens behind the given prompts, [N] on every rank; 0 for other rows."""
+    def score(
+        self,
+        batch: StepBatch,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int] | None],
+        weights: WeightCopy | None = None,
+    ) -> TokenScores:
+        """Log-probs and entropies of the rows' tokens behind the given prompts, [N] on every rank; 0 for other rows.
+
+        `weights` are used in place of the policy's own.
+        """
         dtype = torch.promote_types(self._dtype, torch.float32)
         scores = torch.zeros(2, int(batch.lengths.sum()), device=self.device, dtype=dtype)
-        for micro_batch in self.micro_batches(batch, rows, prompts):
-            result = self.model(micro_batch, self._temperature)
-            if micro_batch.rows:
-                scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)
+        with weights.in_place_of(self.local_shards()) if weights else nullcontext():
+            for micro_batch in self.micro_batches(batch, rows, prompts):
+                result = self.model(micro_batch, self._temperature)
+                if micro_batch.rows:
+                    scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)
         dist.all_reduce(scores)
         return TokenScores(*scores.cpu())
 

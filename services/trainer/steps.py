@@ -1,14 +1,14 @@
 """Where a training step's data comes from: admission, the wait for its groups, and the same batch on every rank."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
 import msgspec
 
 from retort.config import RunConfig
 from retort.queues import TrainerQueue
-from retort.rollouts import RolloutGroup
+from retort.rollouts import RolloutGroup, WorkItem
 from services.trainer.admission import GroupReader, StalledError, WorkList
 from services.trainer.batch import StepBatch
 from services.trainer.journal import Journal
@@ -19,7 +19,7 @@ from services.trainer.weight_sender import WeightSender
 MAX_REFILLS = 3
 """Then a step is made up with groups that teach nothing: their share of the loss is 0, its denominator stays."""
 TICK, TICK_EVERY_S = b"still waiting", 20.0
-DONE = b"done"
+DONE = b""
 STOP_PATIENCE_S = 10.0
 """A request to stop lets a step finish, unless nothing has come for so long."""
 Assemble = Callable[[int, list[RolloutGroup]], StepBatch]
@@ -35,9 +35,10 @@ class Steps:
     def __init__(self, assemble: Assemble) -> None:
         self._assemble = assemble
 
-    def take(self, step: int) -> StepBatch | None:
-        """The step's data, or None when the run was asked to stop."""
-        return self._batch(step, _follow())
+    def take(self, step: int) -> Iterator[StepBatch]:
+        """The step's data: whole updates as they arrive, or all at once. Nothing when the run was asked to stop."""
+        while (groups := _follow()) != DONE:
+            yield self._batch(step, groups)
 
     def validate(self, version: int) -> float | None:
         """Measure a policy version on the validation questions: its avg@n over all of them; None if not rank 0."""
@@ -48,8 +49,8 @@ class Steps:
     def release(self, version: int) -> None:
         """Let go of the groups that a durable checkpoint of `version` contains."""
 
-    def _batch(self, step: int, groups: bytes) -> StepBatch | None:
-        return self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup])) if groups else None
+    def _batch(self, step: int, groups: bytes) -> StepBatch:
+        return self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup]))
 
 
 def _follow() -> bytes:
@@ -81,15 +82,19 @@ class Rank0Steps(Steps):
         self._journal = journal
         self._stop_requested = stop_requested
         self._last_tick = time.monotonic()
+        self._has_begun = False
         self._train = GroupReader(queue, "train", self._idle, config.timeouts.stall_s)
         self._validation = GroupReader(queue, "validation", self._idle, config.timeouts.stall_s)
 
-    def take(self, step: int) -> StepBatch | None:
+    def take(self, step: int) -> Iterator[StepBatch]:
         try:
-            groups = b"" if self._stop_requested() else self._collect(step)
+            for groups in () if self._stop_requested() else self._parts(step):
+                yield self._batch(step, broadcast_bytes(msgspec.msgpack.encode(groups)))
+                self._has_begun = True
         except StopRequested:
-            groups = b""
-        return self._batch(step, broadcast_bytes(groups))
+            pass
+        self._has_begun = False
+        broadcast_bytes(DONE)
 
     def validate(self, version: int) -> float | None:
         try:
@@ -112,16 +117,32 @@ class Rank0Steps(Steps):
     def release(self, version: int) -> None:
         self._train.release(lambda group: group.step <= version)
 
-    def _collect(self, step: int) -> bytes:
+    def _parts(self, step: int) -> Iterator[list[RolloutGroup]]:
+        """The step's groups in whole updates, in the order of their arrival; or all of them, in slot order."""
         self._wait_for_a_replica(step - 1)
-        with self._journal.timing("wait_groups", waiting_for=f"the groups of step {step}", step=step):
-            last = min(step + self._config.trainer.max_staleness, self._config.trainer.steps)
-            for admitted in range(step, last + 1):
-                self._queue.issue(self._work.of_step(admitted))
-            groups = self._train.collect(self._work.of_step(step))
-            if method_of(self._config.method).parts.refill:
-                groups = self._refill(step, groups)
-        return msgspec.msgpack.encode(groups)
+        items = self._admit(step)
+        # What replaces groups has to see all of them first.
+        refills = method_of(self._config.method).parts.refill
+        is_streamed = self._config.trainer.is_streamed and not refills
+        streamed = self._train.arrivals(items, self._config.trainer.groups_per_update)
+        parts = streamed if is_streamed else self._whole(step, items, refills)
+        while True:
+            with self._journal.timing("wait_groups", waiting_for=f"the groups of step {step}", step=step):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def _admit(self, step: int) -> list[WorkItem]:
+        """Ask for the groups of the step, and of as many more as may be sampled ahead of it."""
+        last = min(step + self._config.trainer.max_staleness, self._config.trainer.steps)
+        for admitted in range(step, last + 1):
+            self._queue.issue(self._work.of_step(admitted))
+        return self._work.of_step(step)
+
+    def _whole(self, step: int, items: Sequence[WorkItem], refills: bool) -> Iterator[list[RolloutGroup]]:
+        groups = self._train.collect(items)
+        yield self._refill(step, groups) if refills else groups
 
     def _refill(self, step: int, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """Replace groups whose rewards are all equal by groups of other questions, a few times at most."""
@@ -137,7 +158,8 @@ class Rank0Steps(Steps):
         """While waiting: show a sign of life, and bring replicas that (re)joined to the policy."""
         self._journal.beat()
         self._sender.sync()
-        if waited_s > STOP_PATIENCE_S and self._stop_requested():
+        # A step of which an update has been made is finished: half of it could not be saved.
+        if waited_s > STOP_PATIENCE_S and not self._has_begun and self._stop_requested():
             raise StopRequested
         if time.monotonic() - self._last_tick > TICK_EVERY_S:
             broadcast_bytes(TICK)

@@ -5,16 +5,18 @@ Every rank executes this. What only rank 0 knows (finished groups, replicas, fil
 """
 
 from retort.config import RunConfig
+from services.trainer.batch import StepBatch, join
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
 from services.trainer.guards import Guards
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
 from services.trainer.publish import WeightPublisher
-from services.trainer.schedule import learning_rate
+from services.trainer.schedule import learning_rate, update_sizes
 from services.trainer.steps import Steps
 from services.trainer.teacher import Teacher
-from services.trainer.update import update_policy
+from services.trainer.update import Update, update_policy
+from services.trainer.weight_copy import WeightCopy
 
 
 def train(
@@ -28,31 +30,28 @@ def train(
     journal: Journal,
 ) -> bool:
     """Run the training steps; step s turns policy version s - 1 into s. False if asked to stop before the last."""
-    settings, method = config.trainer, config.method
-    guards = Guards(settings)
+    settings, guards = config.trainer, Guards(config.trainer)
+    # In a streamed step the policy moves on while its old log-probs are still wanted.
+    start = WeightCopy(policy.local_shards()) if settings.is_streamed else None
     saved_version = policy.version
     weights.publish(policy)
     if policy.version == 0:
         steps.validate(policy.version)
         journal.record_untrained()
 
-    while policy.version < settings.steps and (batch := steps.take(policy.version + 1)):
-        with journal.timing("old_logprobs"):
-            batch.old_logprobs, batch.entropies = policy.score(batch, batch.scored_rows, batch.prompts)
-        with journal.timing("teacher"), teacher.in_place_of(policy):
-            batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts)
-        guards.check_engine(batch)
-
+    while policy.version < settings.steps:
+        parts, updates = [], []
+        for batch in steps.take(policy.version + 1):
+            parts.append(batch)
+            updates += learn(config, policy, teacher, start, batch, guards, journal)
+        if not parts:
+            break
+        batch = join(parts)
         with journal.timing("update"):
-            rate = learning_rate(batch.step, base=settings.learning_rate, warmup_steps=settings.warmup_steps)
-            size = settings.groups_per_update * settings.group_size
-            updates = [
-                update_policy(policy, batch, rows, method, learning_rate=rate)
-                for rows in batch.updates(settings.update_order, size, config.seed)
-            ]
-            guards.check_updates(updates)
             finite_updates = sum(update.is_finite for update in updates)
-            teacher.follow(policy, rate=method.teacher_update_rate, finite_updates=finite_updates)
+            teacher.follow(policy, rate=config.method.teacher_update_rate, finite_updates=finite_updates)
+        if start:
+            start.take(policy.local_shards())
         policy.version = batch.step
 
         with journal.timing("weight_sync"):
@@ -69,6 +68,39 @@ def train(
     if saved_version != policy.version:
         save(policy, teacher, steps, checkpoints, journal)
     return policy.version == settings.steps
+
+
+def learn(
+    config: RunConfig,
+    policy: Policy,
+    teacher: Teacher,
+    start: WeightCopy | None,
+    batch: StepBatch,
+    guards: Guards,
+    journal: Journal,
+) -> list[Update]:
+    """Make the updates of a step, or of a part of it. `start`: the step's first weights, where they are gone by now."""
+    settings = config.trainer
+    with journal.timing("old_logprobs"):
+        batch.old_logprobs, batch.entropies = policy.score(batch, batch.scored_rows, batch.prompts, start)
+    with journal.timing("teacher"):
+        batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts, teacher)
+    guards.check_engine(batch)
+
+    with journal.timing("update"):
+        rate = learning_rate(batch.step, base=settings.learning_rate, warmup_steps=settings.warmup_steps)
+        sizes = update_sizes(
+            groups_per_step=settings.groups_per_step,
+            groups_per_update=settings.groups_per_update,
+            group_size=settings.group_size,
+            ranks=policy.ranks,
+        )
+        updates = [
+            update_policy(policy, batch, rows, config.method, learning_rate=rate)
+            for rows in batch.updates(settings.update_order, sizes.sequences_per_update, config.seed)
+        ]
+        guards.check_updates(updates)
+    return updates
 
 
 def save(policy: Policy, teacher: Teacher, steps: Steps, checkpoints: Checkpoints, journal: Journal) -> int:

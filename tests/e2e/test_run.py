@@ -75,9 +75,9 @@ def check_training(run: LaunchedRun, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
-    """A run of three steps with two trainer ranks, at its end."""
+    """A run of three steps with two trainer ranks, whose updates start when their groups are there, at its end."""
     run = LaunchedRun(tmp_path_factory.mktemp("finished") / "run")
-    run.start(trainer__steps=STEPS, trainer__ranks=2, checkpoint__every=1)
+    run.start(trainer__steps=STEPS, trainer__ranks=2, trainer__update_order="arrival", checkpoint__every=1)
     assert run.finish() == 0, run.tails()
     return run
 

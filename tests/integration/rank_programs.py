@@ -1,7 +1,7 @@
 """What trainer ranks are asked to do by the tests. Every function is a collective and returns plain values."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,20 +114,23 @@ def a_recorded_step(step: int, rewards: Sequence[Sequence[float]]) -> list[Rollo
 
 
 class RecordedSteps(Steps):
-    """Steps whose groups are known."""
+    """Steps whose groups are known. In a streamed run they come an update at a time."""
 
     def __init__(self, config: RunConfig, rewards: dict[int, list[list[float]]]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(TINY)
 
         def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
-            questions = [a_question(index) for index in range(len(groups))]
+            questions = [a_question(int(group.group_id.rpartition("-")[2])) for group in groups]
             return assemble(step, groups, questions, tokenizer, config.method)
 
         super().__init__(assemble_step)
         self._rewards = rewards
+        self._at_once = config.trainer.groups_per_update if config.trainer.is_streamed else 99
 
-    def take(self, step: int) -> StepBatch:
-        return self._assemble(step, a_recorded_step(step, self._rewards[step]))
+    def take(self, step: int) -> Iterator[StepBatch]:
+        groups = a_recorded_step(step, self._rewards[step])
+        for start in range(0, len(groups), self._at_once):
+            yield self._assemble(step, groups[start : start + self._at_once])
 
 
 def a_run(config: RunConfig, rewards: dict[int, list[list[float]]], vocabulary: int) -> dict[str, Arrays]:
@@ -205,7 +208,7 @@ def updates_with_a_nan(first_rows: int) -> list[tuple[bool, dict[str, Arrays]]]:
 def training_state(policy: Policy, teacher: Teacher) -> dict[str, Arrays]:
     """Policy, teacher and moments, whole, and the optimizer's step."""
     state = {"policy": {name: tensor.numpy().copy() for name, tensor in policy.full_tensors()}}
-    with teacher.in_place_of(policy):
+    with teacher.in_place_of(policy.local_shards()):
         state["teacher"] = {name: tensor.numpy().copy() for name, tensor in policy.full_tensors()}
     optimizer = [policy.optimizer.state[parameter] for parameter in policy.parameters()]
     for moment in MOMENTS:

@@ -57,6 +57,34 @@ def test_groups_that_arrive_while_waiting_are_waited_for(run: Run) -> None:
     assert ids(a_reader(run, idle=sample_one).collect(ITEMS)) == ids(ITEMS)
 
 
+def test_as_they_arrive_groups_come_in_whole_updates_in_the_order_of_arrival(run: Run) -> None:
+    replica = run.replica()
+    leases = []
+    arrival = [ITEMS[index].group_id for index in (2, 0, 3, 1)]
+
+    def sample_one(_: float) -> None:
+        leases.extend(sorted(run.take(replica), key=lambda lease: arrival.index(lease.item.group_id)))
+        if leases:
+            lease = leases.pop(0)
+            run.wait(replica.submit(lease, a_group(lease)))
+
+    assert [ids(part) for part in a_reader(run, idle=sample_one).arrivals(ITEMS, 2)] == [arrival[:2], arrival[2:]]
+    # A trainer that starts again finds them all there, and in the same order.
+    assert [ids(part) for part in a_reader(run).arrivals(ITEMS, 2)] == [arrival]
+
+
+def test_three_of_four_groups_make_one_update_of_two(run: Run) -> None:
+    replica = run.replica()
+    reader = a_reader(run)
+    leases = run.take(replica)
+    for lease in leases[:3]:
+        run.wait(replica.submit(lease, a_group(lease)))
+    parts = reader.arrivals(ITEMS, 2)
+    assert ids(next(parts)) == ids(ITEMS[:2])
+    run.wait(replica.submit(leases[3], a_group(leases[3])))
+    assert ids(next(parts)) == ids(ITEMS[2:])
+
+
 def test_what_another_step_left_behind_is_kept_for_it(run: Run) -> None:
     reader = a_reader(run)
     submit_all(run, run.replica(), order=list)

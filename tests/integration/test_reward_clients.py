@@ -279,17 +279,21 @@ def schemathesis_given(operation: object) -> object:
     return given(case=operation.as_strategy())  # type: ignore[attr-defined]
 
 
-def heed_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def children_heed_ctrl_c() -> Iterator[None]:
+    """A shell that runs the tests in the background lets them ignore Ctrl-C, and their children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("children_heed_ctrl_c")
 def test_ctrl_c_leaves_a_file_that_can_be_continued(service: Service, tmp_path: Path) -> None:
     source, output = tmp_path / "items.jsonl", tmp_path / "results.jsonl"
     line = json.dumps({"checker": "python_tests", "completion": "import time; time.sleep(0.3)", "answer": "assert 1"})
     source.write_text(f"{line}\n" * 90)
     command = [sys.executable, "-m", "retort.cli", "score", str(source), str(output), "--address", service.address]
-    # A shell that runs the tests in the background lets its children ignore Ctrl-C, and they inherit that.
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     give_up = time.monotonic() + 60
     while time.monotonic() < give_up and not (output.exists() and output.stat().st_size):
         time.sleep(0.05)

@@ -90,7 +90,10 @@ def test_one_very_long_row_and_ranks_without_rows_change_nothing(
     check_one_update(ranks(size), ONE_VERY_LONG[-2:], 0, 32, tied=tied, checkpointing=checkpointing)
 
 
-def test_the_whole_step_equals_the_plain_formulas_for_three_steps(ranks: RanksOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("update_order", ["group", "arrival"])
+def test_the_whole_step_equals_the_plain_formulas_for_three_steps(
+    ranks: RanksOf, tmp_path: Path, update_order: str
+) -> None:
     """Six updates. The first step of the warm-up has rate 0; the second update of step 2 has no advantage at all."""
     mixed, right, wrong = [1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
     rewards = {
@@ -102,6 +105,7 @@ def test_the_whole_step_equals_the_plain_formulas_for_three_steps(ranks: RanksOf
         tmp_path,
         trainer={
             "steps": 3,
+            "update_order": update_order,
             "group_size": 3,
             "learning_rate": 1e-2,
             "warmup_steps": 1,

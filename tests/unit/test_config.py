@@ -94,6 +94,11 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
             "small.toml: trainer.groups_per_step = 256 is not a multiple of trainer.groups_per_update = 3.",
         ),
         (
+            "trainer.deterministic=true",
+            "small.toml: trainer.deterministic = true needs another trainer.update_order than 'arrival', "
+            "which depends on time.",
+        ),
+        (
             "model.max_length=8192",
             "small.toml: sampling.max_completion_tokens = 8192 leaves no room for a prompt in model.max_length = 8192.",
         ),
@@ -190,7 +195,7 @@ def test_a_dumped_configuration_loads_as_the_same(
     values: dict[str, Any] = tomllib.loads(SMALLEST)
     values["seed"] = seed
     values["model"]["path"] = path
-    values["trainer"] |= {"learning_rate": rate, "deterministic": deterministic}
+    values["trainer"] |= {"learning_rate": rate, "deterministic": deterministic, "update_order": "group"}
     values["sampling"] = {"top_p": top_p}
     values["method"] = {"name": method}
     config = RunConfig.model_validate(values)

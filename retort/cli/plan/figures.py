@@ -89,6 +89,8 @@ def _trainer_memory(config: RunConfig, shape: ModelShape, given: Assumptions) ->
         ("activations", tokens * _activation_bytes(config, shape), _activation_words(config, tokens)),
         ("logits", LOGITS_BYTES, "2**25 logits at a time, three times in float32"),
     ]
+    if config.trainer.is_streamed:
+        parts.append(("weights at the start of a step", full, "parameters x 4 bytes / ranks"))
     for name, size, formula in parts:
         yield Figure(section, name, size, "bytes", formula)
     total = sum(size for _, size, _ in parts)

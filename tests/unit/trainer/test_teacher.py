@@ -52,7 +52,7 @@ def test_in_place_of_the_policy_its_weights_score_and_afterwards_each_has_its_ow
             shard.mul_(1.5)
     as_policy = policy.score_prompt([1, 2, 3])
     assert as_policy != pytest.approx(as_teacher, abs=1e-3)
-    with teacher.in_place_of(policy):
+    with teacher.in_place_of(policy.local_shards()):
         assert policy.score_prompt([1, 2, 3]) == as_teacher
     assert policy.score_prompt([1, 2, 3]) == as_policy
 
@@ -62,6 +62,6 @@ def test_an_error_while_it_scores_leaves_the_policy_its_weights(mesh: DeviceMesh
     teacher = Teacher(policy)
     move_by(policy, 1.0)
     own = [shard.clone() for shard in policy.local_shards()]
-    with pytest.raises(KeyError), teacher.in_place_of(policy):
+    with pytest.raises(KeyError), teacher.in_place_of(policy.local_shards()):
         raise KeyError
     assert all(torch.equal(*pair) for pair in zip(policy.local_shards(), own, strict=True))

@@ -1,6 +1,6 @@
 """The loop: what happens in a step, in which order, and what a stop or a resume leaves out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,9 +25,11 @@ from tests.training import a_batch, a_config, a_group, a_language_model, a_rollo
 class Recorder(Steps, WeightPublisher, Exports, Journal):
     """Hands out steps, and writes down what the loop asks of the outside world."""
 
-    def __init__(self, logprob: float, stop_before: int) -> None:
+    def __init__(self, logprob: float, stop_before: int, parts: Sequence[Sequence[int]]) -> None:
         Journal.__init__(self)
         self.events: list[str] = []
+        self.steps: list[StepBatch] = []
+        self._parts = parts
         self._logprob = logprob
         self._stop_before = stop_before
 
@@ -35,12 +37,13 @@ class Recorder(Steps, WeightPublisher, Exports, Journal):
     def report(self) -> SyncReport:
         return SyncReport()
 
-    def take(self, step: int) -> StepBatch | None:
+    def take(self, step: int) -> Iterator[StepBatch]:
         self.events.append(f"take {step}")
         if step == self._stop_before:
-            return None
-        rollouts = [a_rollout([5, 6], logprobs=[self._logprob] * 2) for _ in range(8)]
-        return a_batch([a_group(*rollouts)], [0.5, -0.5, 0.25, -0.25] * 2, [[1, 2]] * 8, step=step)
+            return
+        for ids in self._parts:
+            rollouts = [a_rollout([5, one], logprobs=[self._logprob] * 2) for one in ids]
+            yield a_batch([a_group(*rollouts)], [0.5, -0.25] * (len(ids) // 2), [[1, 2]] * len(ids), step=step)
 
     def publish(self, policy: Policy) -> None:
         self.events.append(f"publish {policy.version}")
@@ -60,6 +63,7 @@ class Recorder(Steps, WeightPublisher, Exports, Journal):
 
     def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
         self.events.append(f"record {batch.step}, {len(updates)} updates")
+        self.steps.append(batch)
 
 
 class LoggedCheckpoints(Checkpoints):
@@ -78,18 +82,36 @@ def run(
     mesh: DeviceMesh, directory: Path, *, version: int = 0, stop_before: int = 99, logprob: float = -3.0
 ) -> tuple[bool, list[str], Policy]:
     """Three steps of two updates; validation and checkpoint every second step."""
+    world, finished, policy, _ = run_parts(
+        mesh, directory, [range(8, 16)], version=version, stop_before=stop_before, logprob=logprob
+    )
+    return finished, world.events, policy
+
+
+def run_parts(
+    mesh: DeviceMesh,
+    directory: Path,
+    parts: Sequence[Sequence[int]],
+    *,
+    order: str = "group",
+    version: int = 0,
+    stop_before: int = 99,
+    logprob: float = -3.0,
+) -> tuple[Recorder, bool, Policy, Teacher]:
+    """A run whose steps come in the given parts, each a group of completions that end in the given tokens."""
     config = a_config(
         directory,
-        trainer={"warmup_steps": 0, "learning_rate": 1e-3, "max_logprob_gap": 9.0},
+        trainer={"warmup_steps": 0, "learning_rate": 1e-3, "max_logprob_gap": 9.0, "update_order": order},
         validation={"every": 2},
         checkpoint={"every": 2},
     )
     policy = Policy(a_language_model(), config.trainer, mesh, dtype=torch.float64, temperature=1.0)
     policy.version = version
-    world = Recorder(logprob, stop_before)
+    teacher = Teacher(policy)
+    world = Recorder(logprob, stop_before, parts)
     checkpoints = LoggedCheckpoints(directory / "checkpoints", world.events)
-    finished = train(config, policy, Teacher(policy), world, world, checkpoints, world, world)
-    return finished, world.events, policy
+    finished = train(config, policy, teacher, world, world, checkpoints, world, world)
+    return world, finished, policy, teacher
 
 
 def test_a_run_from_the_beginning_to_the_end(mesh: DeviceMesh, tmp_path: Path) -> None:
@@ -129,3 +151,33 @@ def test_a_finished_run_that_is_resumed_does_nothing(mesh: DeviceMesh, tmp_path:
 def test_an_engine_that_disagrees_ends_the_run_before_anything_is_learned(mesh: DeviceMesh, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="step 1"):
         run(mesh, tmp_path, logprob=-30.0)
+
+
+def test_a_step_that_arrives_in_parts_equals_one_that_came_whole(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """Old log-probs stay those of the version that sampled, whatever updates have been made since."""
+    whole, _, policy, teacher = run_parts(mesh, tmp_path / "whole", [range(8, 16)])
+    parts = [range(8, 12), range(12, 16)]
+    streamed, _, other, other_teacher = run_parts(mesh, tmp_path / "streamed", parts, order="arrival")
+    for name in ("old_logprobs", "teacher_logprobs", "entropies", "token_weights", "advantages"):
+        for ours, theirs in zip(streamed.steps, whole.steps, strict=True):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-10)
+    optimizers = [
+        [values for parameter in one.parameters() for values in one.optimizer.state[parameter].values()]
+        for one in (policy, other)
+    ]
+    for pairs in (
+        zip(policy.local_shards(), other.local_shards(), strict=True),
+        zip(teacher.shards, other_teacher.shards, strict=True),
+        zip(*optimizers, strict=True),
+    ):
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_had_the_second_part_been_scored_by_the_moved_policy_its_old_logprobs_would_differ(
+    mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    parts = [range(8, 12), range(12, 16)]
+    streamed, *_ = run_parts(mesh, tmp_path / "streamed", parts, order="arrival")
+    moved, *_ = run_parts(mesh, tmp_path / "moved", parts, order="group")
+    assert not torch.allclose(streamed.steps[0].old_logprobs, moved.steps[0].old_logprobs, atol=1e-6)
