@@ -46,7 +46,7 @@ def run(directory: Path, *settings: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "retort.cli", "run", CONFIG, "--run-dir", str(directory), *overrides]
         subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if line["step"] > 0]
+    trained = [line for line in lines if "timing_s/step" in line and line["step"] > 0]
     return {
         "run": directory.name,
         "avg@16": {line["step"]: line[AVG16] for line in lines if AVG16 in line},

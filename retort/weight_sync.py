@@ -134,6 +134,11 @@ class Snapshot:
         buckets = [_pack(specs, stream) for specs in manifest.buckets]
         return cls(version, manifest, buckets, [bucket_digest(bucket) for bucket in buckets])
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in the manifest's order; the tensors are views of the buckets."""
+        for specs, bucket in zip(self.manifest.buckets, self.buckets, strict=True):
+            yield from _unpack(bucket, specs)
+
     @property
     def digest(self) -> str:
         """One name for the weights: equal only if every bucket is."""

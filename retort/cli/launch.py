@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from retort.cli.interrupts import Interrupts
+from retort.cli.metrics_tail import accuracy, is_validation
 from retort.cli.panel import Screen, clock, step_line, validation_line
 from retort.cli.preflight import is_listening
 from retort.cli.process_table import answers, open_redis, plan_programs
@@ -196,9 +197,9 @@ class LocalRun:
                 self._screen.say(f"{text} ({time.monotonic() - self._began:.1f} s)")
         view = self._watch.view(seen, self._supervisor.children, phase)
         for line in seen.new_metrics:
-            if line["step"] > 0 and not self._screen.live:
+            if line["step"] > 0 and not is_validation(line) and not self._screen.live:
                 self._screen.say(step_line(line, view))
-            measured = dict(view.accuracy).get(int(line["step"]))
+            measured = accuracy(line, view.samples)
             if measured is not None:
                 self._screen.say(validation_line(int(line["step"]), measured, view.accuracy[0][1], view.samples))
         if seen.progress:

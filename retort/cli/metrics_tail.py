@@ -31,7 +31,11 @@ class MetricsTail:
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         lines: list[Metrics] = [json.loads(line) for line in whole.splitlines()]
-        self.by_step.update({int(line["step"]): line for line in lines})
+        for line in lines:
+            # The validation of a step may come later, on a line of its own; the step's time stays.
+            step = int(line["step"])
+            before = self.by_step.get(step, line) if is_validation(line) else {}
+            self.by_step[step] = {**line, **before}
         return [line for line in lines if known.get(int(line["step"])) != line]
 
     def accuracy(self, samples: int) -> list[tuple[int, float]]:
@@ -47,6 +51,11 @@ class MetricsTail:
         times = [self.by_step[step]["time"] for step in recent]
         # The median, because a pause between two launches of a run lies between two steps.
         return median(after - before for before, after in pairwise(times)) * (steps - recent[-1])
+
+
+def is_validation(line: Metrics) -> bool:
+    """Whether the line holds nothing but the validation of a step that has a line already."""
+    return line["step"] > 0 and "timing_s/step" not in line
 
 
 def accuracy(line: Metrics, samples: int) -> float | None:

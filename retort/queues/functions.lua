@@ -223,7 +223,7 @@ local function take(keys, args)
       lease(kind, entry, 1)
     end
   end
-  for _, kind in ipairs({'validation', 'train'}) do
+  for _, kind in ipairs({'train', 'validation'}) do
     local stream = k.work[kind]
     ensure_consumer_group(stream)
     if #leases < limit then reclaim_expired(kind, stream) end

@@ -44,7 +44,7 @@ class RolloutQueue:
         await self._call("declare")
 
     async def take(self, limit: int, block_s: float) -> list[Lease]:
-        """Up to `limit` leases: validation before training, expired leases of others before new work.
+        """Up to `limit` leases: training before validation, expired leases of others before new work.
 
         Waits up to `block_s` seconds (5 at most) when there is nothing. Undecodable work is buried.
         """

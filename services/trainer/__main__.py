@@ -110,7 +110,7 @@ def run(config: RunConfig) -> int:
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
         exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None)
         finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
-        exports.after_run(policy)
+        exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
 

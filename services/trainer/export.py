@@ -7,23 +7,20 @@
 Each is whole or absent. The weights say in their header what they are, so that one rename replaces both.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from retort.config import RunConfig
-from services.trainer.policy import Policy
-from services.trainer.ranks import broadcast_bytes
+from retort.weight_sync import Snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,31 +64,35 @@ def best_name(config: RunConfig) -> str:
 
 
 class Exports:
-    """Writes the directory `hf/` of a run. Its methods are collectives: rank 0 decides and writes."""
+    """Writes the directory `hf/` of a run, from the snapshots that replicas get. Rank 0 has them; others do nothing."""
 
     def __init__(
         self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase", write_card: Callable[[], None] | None
     ) -> None:
-        """`write_card` is rank 0's, and called after every export."""
+        """`write_card` is called after every export."""
         self._config = config
         self._tokenizer = tokenizer
         self._write_card = write_card
 
-    def after_step(self, policy: Policy, score: float | None) -> None:
+    def after_step(self, snapshot: Snapshot | None, score: float | None) -> None:
         """Export the policy if it is one to keep, or better than every one before.
 
-        `score` is its validation avg@n, which rank 0 alone has to know; None: not validated.
+        `score` is its validation avg@n; None: not validated, or not yet.
         """
-        places = []
-        if policy.version % self._config.checkpoint.every == 0:
-            places.append(f"step-{policy.version:06d}")
-        if score is not None and self._is_best(score):
-            places.append(best_name(self._config))
-        self._export(policy, places, score)
+        if snapshot and snapshot.version % self._config.checkpoint.every == 0:
+            self._export(snapshot, f"step-{snapshot.version:06d}", score)
+        if score is not None:
+            self.after_validation(snapshot, score)
 
-    def after_run(self, policy: Policy) -> None:
+    def after_validation(self, snapshot: Snapshot | None, score: float) -> None:
+        """Export the policy if it is better than every one before."""
+        if snapshot and self._is_best(score):
+            self._export(snapshot, best_name(self._config), score)
+
+    def after_run(self, snapshot: Snapshot | None) -> None:
         """Export the policy with which the run ended, or stopped."""
-        self._export(policy, [ROOT], None)
+        if snapshot:
+            self._export(snapshot, ROOT, None)
 
     def _is_best(self, score: float) -> bool:
         # A best of a step that is being trained again, after a crash, stays: score and weights belong together whatever
@@ -99,20 +100,10 @@ class Exports:
         best = exported(hf_directory(self._config) / best_name(self._config))
         return best is None or best.score is None or score > best.score
 
-    def _export(self, policy: Policy, places: Sequence[str], score: float | None) -> None:
-        places = json.loads(broadcast_bytes(json.dumps(places).encode()))
-        if not places:
-            return
-        dtype = getattr(torch, self._config.model.dtype)
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in policy.full_tensors():
-            if policy.rank == 0:
-                tensors[name] = tensor.to("cpu", dtype).contiguous()
-        if policy.rank != 0:
-            return
-        export = Exported(policy.version, score)
-        for place in places:
-            write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
+    def _export(self, snapshot: Snapshot, place: str, score: float | None) -> None:
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.tensors()}
+        export = Exported(snapshot.version, score)
+        write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
         if self._write_card:
             self._write_card()
 

@@ -55,6 +55,10 @@ class Journal:
     def assert_newest(self) -> None:
         """Raise `Fenced` if a newer trainer has taken over this run: then its files are no longer ours to write."""
 
+    def is_validated(self, version: int) -> bool:
+        """Whether metrics.jsonl has the validation of a policy version."""
+        return False
+
     def record_untrained(self) -> None:
         """The line of step 0."""
 
@@ -63,7 +67,7 @@ class Journal:
         batch.token_weights = gather_all(batch.token_weights).sum(0)
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
-        """The groups of a validation; their metrics go into the line of that step."""
+        """The groups of a validation. Their metrics go into the line of that step, or one more if that is written."""
 
 
 class RunJournal(Journal):
@@ -90,7 +94,9 @@ class RunJournal(Journal):
         self._assert_newest = assert_newest
         self._step_started = time.perf_counter()
         self._validation: dict[str, float] = {}
-        _cut_back(self._directory / "metrics.jsonl", version)
+        lines = _cut_back(self._directory / "metrics.jsonl", version)
+        self._recorded = {line["step"] for line in lines}
+        self._validated = {line["step"] for line in lines if any(name.startswith("val-core/") for name in line)}
         for groups in (*self._directory.glob("rollouts/step-*"), *self._directory.glob("validation/step-*")):
             if int(groups.stem.removeprefix("step-")) > version:
                 groups.unlink()
@@ -106,6 +112,9 @@ class RunJournal(Journal):
 
     def assert_newest(self) -> None:
         self._assert_newest()
+
+    def is_validated(self, version: int) -> bool:
+        return version in self._validated
 
     def record_untrained(self) -> None:
         self._assert_newest()
@@ -136,9 +145,14 @@ class RunJournal(Journal):
         self._append(batch.step, metrics)
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
-        self._validation = validation_metrics_of(groups)
+        metrics = validation_metrics_of(groups)
         lines = [self._line(group, question, [(None, None, None)] * len(group.rollouts)) for group, question in groups]
         _write_lines(self._directory / "validation" / f"step-{version:06d}.jsonl", lines)
+        self._validated.add(version)
+        if version in self._recorded:
+            self._write({"step": version, "time": time.time(), "policy_version": version, **metrics})
+        else:
+            self._validation = metrics
 
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started
@@ -154,11 +168,15 @@ class RunJournal(Journal):
             "timing_s/step": elapsed,
             **({"perf/throughput": tokens / (elapsed - not_training)} if tokens else {}),
         }
+        self._write(line)
+        self._recorded.add(step)
+        self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
+
+    def _write(self, line: Mapping[str, float]) -> None:
         with (self._directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
 
     def _line(self, group: RolloutGroup, question: Question, taught: Sequence[tuple[Any, Any, Any]]) -> dict[str, Any]:
         rollouts = [
@@ -197,12 +215,13 @@ def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     unfinished.replace(path)
 
 
-def _cut_back(path: Path, version: int) -> None:
+def _cut_back(path: Path, version: int) -> list[dict[str, Any]]:
     """Drop the lines of steps that will be trained again; all of them when training starts from the beginning."""
     if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if version and json.loads(line)["step"] <= version]
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if version and line["step"] <= version]
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in kept))
+    unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     unfinished.replace(path)
+    return kept

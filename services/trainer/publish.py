@@ -24,6 +24,11 @@ class WeightPublisher:
         """What the last version's sync took so far."""
         return self._sender.report if self._sender else SyncReport()
 
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The published weights, in the type that is served; None if not rank 0."""
+        return self._sender.snapshot if self._sender else None
+
     def publish(self, policy: Policy) -> None:
         """Make the policy the version to serve, and bring every replica that is there to it.
 

@@ -14,7 +14,11 @@ class Results:
     def __init__(self, metrics_file: Path, questions_by_source: Mapping[str, int], samples: int) -> None:
         """`samples` is n; a file that is not there is a run without results."""
         text = metrics_file.read_text() if metrics_file.exists() else ""
-        self._lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        by_step: dict[int, dict[str, Any]] = {}
+        for line in map(json.loads, text.splitlines()):
+            # The validation of a step may stand on a line of its own.
+            by_step[line["step"]] = by_step.get(line["step"], {}) | line
+        self._lines = [by_step[step] for step in sorted(by_step)]
         self._questions = questions_by_source
         n = samples
         self._logged = {f"avg@{n}": f"mean@{n}", f"best@{n}": f"best@{n}/mean", f"maj@{n}": f"maj@{n}/mean"}

@@ -40,9 +40,17 @@ class Steps:
         while (groups := _follow()) != DONE:
             yield self._batch(step, groups)
 
-    def validate(self, version: int) -> float | None:
-        """Measure a policy version on the validation questions: its avg@n over all of them; None if not rank 0."""
-        del version
+    def validate(self, version: int, *, at_once: bool) -> float | None:
+        """Ask the validation questions of the policy version that is served, unless that has been done.
+
+        Answers its avg@n over all questions if it was waited for: `at_once`, or when only one replica is there. Else
+        the questions are sampled beside the next step, and `finish_validation` has it. None if not rank 0.
+        """
+        _follow()
+        return None
+
+    def finish_validation(self) -> float | None:
+        """Wait for the validation that goes on, if any: its avg@n. To be called before another version is served."""
         _follow()
         return None
 
@@ -83,6 +91,7 @@ class Rank0Steps(Steps):
         self._stop_requested = stop_requested
         self._last_tick = time.monotonic()
         self._has_begun = False
+        self._pending: tuple[int, list[WorkItem]] | None = None
         self._train = GroupReader(queue, "train", self._idle, config.timeouts.stall_s)
         self._validation = GroupReader(queue, "validation", self._idle, config.timeouts.stall_s)
 
@@ -96,19 +105,33 @@ class Rank0Steps(Steps):
         self._has_begun = False
         broadcast_bytes(DONE)
 
-    def validate(self, version: int) -> float | None:
+    def validate(self, version: int, *, at_once: bool) -> float | None:
         try:
-            return self._validate(version)
+            if self._journal.is_validated(version):
+                return None
+            replicas = self._wait_for_a_replica(version)
+            self._pending = version, self._work.of_validation(version)
+            self._queue.issue(self._pending[1])
+            goes_first = at_once or replicas == 1 or self._config.trainer.deterministic
+            return self._collect_validation() if goes_first else None
         except StopRequested:
             return None
         finally:
             broadcast_bytes(DONE)
 
-    def _validate(self, version: int) -> float:
-        items = self._work.of_validation(version)
-        self._wait_for_a_replica(version)
-        with self._journal.timing("validation", waiting_for=f"{len(items)} validation groups of version {version}"):
-            self._queue.issue(items)
+    def finish_validation(self) -> float | None:
+        try:
+            return self._collect_validation() if self._pending else None
+        except StopRequested:
+            return None
+        finally:
+            broadcast_bytes(DONE)
+
+    def _collect_validation(self) -> float:
+        assert self._pending, "collected before it was asked for"
+        (version, items), self._pending = self._pending, None
+        waiting_for = f"{len(items)} validation groups of version {version}; training goes on when they are there"
+        with self._journal.timing("validation", waiting_for=waiting_for):
             groups = self._validation.collect(items)
         self._journal.keep_validation(version, [(group, self._work.question(group)) for group in groups])
         self._validation.release(lambda _: True)
@@ -165,13 +188,14 @@ class Rank0Steps(Steps):
             broadcast_bytes(TICK)
             self._last_tick = time.monotonic()
 
-    def _wait_for_a_replica(self, version: int) -> None:
-        if self._sender.sync():
-            return
+    def _wait_for_a_replica(self, version: int) -> int:
+        """How many replicas serve the published version; at least one."""
+        if replicas := self._sender.sync():
+            return replicas
         startup_s = self._config.timeouts.startup_s
         with self._journal.timing("wait_replica", waiting_for="a rollout replica"):
             started = time.monotonic()
-            while not self._sender.sync():
+            while not (replicas := self._sender.sync()):
                 self._idle(time.monotonic() - started)
                 if time.monotonic() - started > startup_s:
                     raise StalledError(
@@ -179,3 +203,4 @@ class Rank0Steps(Steps):
                         f"{startup_s:.0f} s (timeouts.startup_s). See logs/rollout-*.log."
                     )
                 time.sleep(0.2)
+            return replicas

@@ -34,10 +34,17 @@ def train(
     # In a streamed step the policy moves on while its old log-probs are still wanted.
     start = WeightCopy(policy.local_shards()) if settings.is_streamed else None
     saved_version = policy.version
+
+    def is_due(version: int) -> bool:
+        return version == settings.steps or version % config.validation.every == 0
+
     weights.publish(policy)
     if policy.version == 0:
-        steps.validate(policy.version)
+        steps.validate(policy.version, at_once=True)
         journal.record_untrained()
+    elif is_due(policy.version):
+        # The run ended while this validation went on, and the policy is still the one that it measured.
+        keep_if_best(weights, exports, steps.validate(policy.version, at_once=False))
 
     while policy.version < settings.steps:
         parts, updates = [], []
@@ -46,6 +53,8 @@ def train(
             updates += learn(config, policy, teacher, start, batch, guards, journal)
         if not parts:
             break
+        # Before another version is served, because no replica could answer for the old one any more.
+        keep_if_best(weights, exports, steps.finish_validation())
         batch = join(parts)
         with journal.timing("update"):
             finite_updates = sum(update.is_finite for update in updates)
@@ -57,14 +66,14 @@ def train(
         with journal.timing("weight_sync"):
             weights.publish(policy)
         is_last = policy.version == settings.steps
-        is_validated = is_last or policy.version % config.validation.every == 0
-        score = steps.validate(policy.version) if is_validated else None
+        score = steps.validate(policy.version, at_once=is_last) if is_due(policy.version) else None
         journal.record(batch, updates, weights.report)
         with journal.timing("checkpoint"):
-            exports.after_step(policy, score)
+            exports.after_step(weights.snapshot, score)
         if is_last or policy.version % config.checkpoint.every == 0:
             saved_version = save(policy, teacher, steps, checkpoints, journal)
 
+    keep_if_best(weights, exports, steps.finish_validation())
     if saved_version != policy.version:
         save(policy, teacher, steps, checkpoints, journal)
     return policy.version == settings.steps
@@ -101,6 +110,12 @@ def learn(
         ]
         guards.check_updates(updates)
     return updates
+
+
+def keep_if_best(weights: WeightPublisher, exports: Exports, score: float | None) -> None:
+    """Export the policy that is served if its validation, done beside a step, found it the best."""
+    if score is not None:
+        exports.after_validation(weights.snapshot, score)
 
 
 def save(policy: Policy, teacher: Teacher, steps: Steps, checkpoints: Checkpoints, journal: Journal) -> int:

@@ -82,14 +82,14 @@ class WeightSender:
         self._store = TCPStore(
             config.host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
-        self._snapshot: Snapshot | None = None
+        self.snapshot: Snapshot | None = None
         self._probe = Probe([], [])
         self._verified: dict[str, int] = {}
         self.report = SyncReport()
 
     def publish(self, snapshot: Snapshot, probe: Probe) -> None:
         """Make this the version to serve. `sync` brings the replicas to it, those that join later included."""
-        self._snapshot, self._probe, self.report = snapshot, probe, SyncReport()
+        self.snapshot, self._probe, self.report = snapshot, probe, SyncReport()
         self._queue.publish(snapshot.version, snapshot.digest)
 
     def sync(self) -> int:
@@ -119,10 +119,10 @@ class WeightSender:
 
     def _is_current(self, member: Member) -> bool:
         # What this trainer has verified counts, not what the replica says: an earlier trainer may have sent it.
-        return self._snapshot is not None and self._verified.get(member.incarnation) == self._snapshot.version
+        return self.snapshot is not None and self._verified.get(member.incarnation) == self.snapshot.version
 
     async def _sync(self, members: Sequence[Member]) -> None:
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
         async with httpx.AsyncClient(timeout=self._config.deadline_s, verify=self._tls) as http:

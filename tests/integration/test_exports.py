@@ -1,4 +1,4 @@
-"""Every rank takes part in an export, and rank 0 alone knows why."""
+"""What is exported of a policy whose shards lie on two ranks is the whole of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.trainer.export import Exported, Exports, exported
 from services.trainer.policy import Policy, load_language_model
 from tests.integration.rank_programs import TINY, Arrays, whole
@@ -19,19 +20,24 @@ SCORES = [0.5, 0.25, 0.75]
 
 
 def export_three_steps(directory: Path) -> list[Arrays]:
-    """Steps 1 to 3, of which every second is kept; rank 0 alone knows the scores. The policy after each."""
+    """Steps 1 to 3, of which every second is kept; rank 0 alone has snapshots. The policy after each."""
     config = a_config(directory, model={"path": str(TINY)}, checkpoint={"every": 2})
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = Policy(load_language_model(config.model), config.trainer, mesh, dtype=torch.float32, temperature=1.0)
     exports = Exports(config, AutoTokenizer.from_pretrained(TINY), write_card=None)
+    specs = [TensorSpec(name=name, shape=shape, dtype="float32") for name, shape in policy.specs]
+    manifest = WeightManifest.of(specs, 2**20)
     history = []
+    snapshot = None
     for step, score in enumerate(SCORES, start=1):
         policy.version = step
         for shard in policy.local_shards():
             shard.mul_(1.25)
-        exports.after_step(policy, score if policy.rank == 0 else None)
+        taken = Snapshot.take(step, manifest, policy.full_tensors())
+        snapshot = taken if policy.rank == 0 else None
+        exports.after_step(snapshot, score)
         history.append({name: whole(tensor) for name, tensor in policy.full_tensors()})
-    exports.after_run(policy)
+    exports.after_run(snapshot)
     return history
 
 

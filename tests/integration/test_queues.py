@@ -29,9 +29,9 @@ def test_two_replicas_never_get_the_same_new_work(run: Run) -> None:
     assert group_ids(taken) == [f"g{i}" for i in range(10)]
 
 
-def test_validation_is_taken_before_training(run: Run) -> None:
-    run.trainer().issue([an_item("g0"), an_item("v0", "validation"), an_item("g1")])
-    assert group_ids(run.take(run.replica(), 2)) == ["v0", "g0"]
+def test_training_is_taken_before_validation_which_fills_what_it_leaves_idle(run: Run) -> None:
+    run.trainer().issue([an_item("v0", "validation"), an_item("g0"), an_item("v1", "validation")])
+    assert group_ids(run.take(run.replica(), 2)) == ["g0", "v0"]
 
 
 def test_a_lease_carries_the_item_that_was_issued(run: Run) -> None:
@@ -104,7 +104,7 @@ def test_a_replica_that_leaves_gives_everything_back_and_is_no_member(run: Run) 
     run.wait(leaver.announce(a_member()))
     run.take(leaver)
     run.wait(leaver.leave())
-    assert group_ids(run.take(other)) == ["v0", "g0"]
+    assert group_ids(run.take(other)) == ["g0", "v0"]
     assert run.view.members() == {}
 
 
@@ -370,7 +370,7 @@ def test_the_oldest_lease_names_its_holder_and_its_idle_time(run: Run) -> None:
 def test_withdrawn_validation_is_forgotten_and_training_is_not(run: Run) -> None:
     trainer, replica = run.trainer(), run.replica()
     trainer.issue([an_item("v0-0", kind="validation"), an_item("v0-1", kind="validation"), an_item("g0")])
-    leased, submitted, training = run.take(replica)
+    training, leased, submitted = run.take(replica)
     run.wait(replica.submit(submitted, a_group(submitted)))
     assert trainer.withdraw("validation") == 2
     assert run.wait(replica.submit(leased, a_group(leased))) == "unknown"

@@ -99,9 +99,28 @@ def test_staleness_admits_so_many_steps_ahead_but_none_after_the_last(run: Run, 
 def test_validation_is_collected_recorded_and_forgotten(run: Run, tmp_path: Path) -> None:
     steps, _ = rank_0(run, tmp_path, validation={"samples": 3})
     with TorchReplica(run):
-        assert steps.validate(0) == 1.0, "every rollout of this replica is right"
+        assert steps.validate(0, at_once=False) == 1.0, "every rollout of this replica is right"
     assert len((tmp_path / "validation" / "step-000000.jsonl").read_text().splitlines()) == 2
     assert run.view.in_flight("validation").finished == 0
+
+
+def test_with_two_replicas_the_next_step_is_taken_while_a_version_is_validated(run: Run, tmp_path: Path) -> None:
+    steps, journal = rank_0(run, tmp_path)
+    with TorchReplica(run, "one"), TorchReplica(run, "two"):
+        assert steps.validate(0, at_once=False) is None
+        assert run.view.in_flight("validation").waiting == 2
+        [batch] = steps.take(1)
+        assert batch.step == 1
+        assert steps.finish_validation() == 1.0
+        assert steps.finish_validation() is None, "there is none any more"
+        assert journal.is_validated(0)
+        assert steps.validate(0, at_once=True) is None, "that has been done"
+
+
+def test_the_last_validation_is_waited_for_however_many_replicas_there_are(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path)
+    with TorchReplica(run, "one"), TorchReplica(run, "two"):
+        assert steps.validate(0, at_once=True) == 1.0
 
 
 def test_groups_stay_until_a_checkpoint_holds_their_step(run: Run, tmp_path: Path) -> None:
@@ -132,5 +151,6 @@ def test_without_a_replica_the_wait_ends_by_name(run: Run, tmp_path: Path) -> No
 def test_other_ranks_take_what_rank_0_collected_and_have_no_queue() -> None:
     steps = Steps(as_batch)
     assert list(steps.take(1)) == []
-    steps.validate(0)
+    assert steps.validate(0, at_once=True) is None
+    assert steps.finish_validation() is None
     steps.release(0)

@@ -144,7 +144,7 @@ def _status(path: Path) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
-    """A step that a resumed run logged again counts as it was logged last."""
+    """A step's validation may stand on a later line. What a resumed run logged again counts as it was logged last."""
     by_step: dict[float, dict[str, float]] = {}
     for text in _lines(path):
         try:
@@ -153,7 +153,7 @@ def _metrics(path: Path) -> list[dict[str, float]]:
             continue
         numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
         if "step" in numbers:
-            by_step[numbers["step"]] = numbers
+            by_step[numbers["step"]] = by_step.get(numbers["step"], {}) | numbers
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -86,6 +86,19 @@ def test_a_file_that_the_trainer_cut_back_is_read_on_from_there(tmp_path: Path) 
     assert tail.by_step[2]["time"] == 9.0
 
 
+def test_a_validation_on_a_line_of_its_own_joins_its_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(file)
+    step = {"step": 10, "time": 5.0, "timing_s/step": 2.0}
+    write(file, step, {"step": 11, "time": 7.0, "timing_s/step": 2.0})
+    tail.read()
+    with file.open("a") as more:
+        more.write('{"step": 10, "time": 8.0, "val-core/a/acc/mean@16": 0.5}\n')
+    assert [line["step"] for line in tail.read()] == [10]
+    assert tail.by_step[10] == {**step, "val-core/a/acc/mean@16": 0.5}
+    assert tail.accuracy(16) == [(10, 0.5)]
+
+
 def test_the_time_left_is_the_recent_pace_times_the_steps_that_remain(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tail = MetricsTail(file)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from retort.config import RunConfig
+from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.trainer.export import Exported, Exports, exported, write_model
 from services.trainer.policy import Policy, load_language_model
 from tests.training import a_config
@@ -43,7 +44,14 @@ class ExportingRun:
         self.policy.version += 1
         for shard in self.policy.local_shards():
             shard.mul_(1.25)
-        self.exports.after_step(self.policy, score)
+        self.exports.after_step(self.snapshot(), score)
+
+    def end(self) -> None:
+        self.exports.after_run(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        specs = [TensorSpec(name=name, shape=shape, dtype=self.config.model.dtype) for name, shape in self.policy.specs]
+        return Snapshot.take(self.policy.version, WeightManifest.of(specs, 2**20), self.policy.full_tensors())
 
     def listing(self) -> list[str]:
         return sorted(path.name for path in self.hf.iterdir()) if self.hf.exists() else []
@@ -60,7 +68,7 @@ def start(mesh: DeviceMesh, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
 def test_the_last_policy_loads_as_any_model_and_equals_the_policy(start: StartRun) -> None:
     run = start()
     run.step()
-    run.exports.after_run(run.policy)
+    run.end()
     model = AutoModelForCausalLM.from_pretrained(run.hf)
     tensors = dict(run.policy.full_tensors())
     for name, parameter in model.named_parameters():
@@ -71,7 +79,7 @@ def test_the_last_policy_loads_as_any_model_and_equals_the_policy(start: StartRu
 
 def test_weights_are_exported_in_the_served_type(start: StartRun) -> None:
     run = start("bfloat16")
-    run.exports.after_run(run.policy)
+    run.end()
     model = AutoModelForCausalLM.from_pretrained(run.hf)
     assert model.dtype == torch.bfloat16
     for name, tensor in run.policy.full_tensors():
@@ -80,7 +88,7 @@ def test_weights_are_exported_in_the_served_type(start: StartRun) -> None:
 
 def test_the_tokenizer_and_its_chat_template_come_along(start: StartRun, tokenizer: PreTrainedTokenizerBase) -> None:
     run = start()
-    run.exports.after_run(run.policy)
+    run.end()
     theirs = AutoTokenizer.from_pretrained(run.hf)
     chat = [{"role": "user", "content": "Which element has the symbol K?"}]
     prompts = {one.apply_chat_template(chat, tokenize=False) for one in (tokenizer, theirs)}
@@ -105,7 +113,7 @@ def test_the_steps_to_keep_stand_beside_the_best_and_each_says_what_it_is(start:
 def test_an_end_between_two_kept_steps_is_at_the_root_alone(start: StartRun) -> None:
     run = start()
     run.step()
-    run.exports.after_run(run.policy)
+    run.end()
     assert exported(run.hf) == Exported(1, None)
     assert not [name for name in run.listing() if name.startswith(("step-", "best", "."))]
 

@@ -176,6 +176,23 @@ def test_a_validation_is_kept_and_counts_in_the_line_of_its_step_alone(
     assert taught == [(None, None, None)] * 2
 
 
+def test_a_validation_that_ends_beside_a_later_step_is_one_more_line_of_its_own(
+    mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]
+) -> None:
+    journal = a_journal(tmp_path, progress)
+    record(journal, a_step(10))
+    assert not journal.is_validated(10)
+    group = a_group(a_rollout(), a_rollout(reward=0.0), group_id="v10-000001", kind="validation", step=10)
+    journal.keep_validation(10, [(group, QUESTIONS[1])])
+    record(journal, a_step(11))
+    ten, validation, eleven = lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in (ten, validation, eleven)] == [10, 10, 11]
+    assert validation["val-core/toy/acc/mean@2"] == 0.5
+    assert not any(name.startswith("val-") for name in ten | eleven)
+    assert journal.is_validated(10)
+    assert a_journal(tmp_path, progress, version=10).is_validated(10), "a resumed run knows it as well"
+
+
 def test_progress_says_what_the_trainer_does_and_for_whom_it_waits(
     mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from retort.weight_sync import Snapshot
 from services.trainer.batch import StepBatch
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
@@ -25,10 +26,12 @@ from tests.training import a_batch, a_config, a_group, a_language_model, a_rollo
 class Recorder(Steps, WeightPublisher, Exports, Journal):
     """Hands out steps, and writes down what the loop asks of the outside world."""
 
-    def __init__(self, logprob: float, stop_before: int, parts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, logprob: float, stop_before: int, parts: Sequence[Sequence[int]], beside: bool) -> None:
         Journal.__init__(self)
         self.events: list[str] = []
         self.steps: list[StepBatch] = []
+        self._pending: int | None = None
+        self._beside = beside
         self._parts = parts
         self._logprob = logprob
         self._stop_before = stop_before
@@ -36,6 +39,10 @@ class Recorder(Steps, WeightPublisher, Exports, Journal):
     @property
     def report(self) -> SyncReport:
         return SyncReport()
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        return None
 
     def take(self, step: int) -> Iterator[StepBatch]:
         self.events.append(f"take {step}")
@@ -48,12 +55,23 @@ class Recorder(Steps, WeightPublisher, Exports, Journal):
     def publish(self, policy: Policy) -> None:
         self.events.append(f"publish {policy.version}")
 
-    def validate(self, version: int) -> float:
+    def validate(self, version: int, *, at_once: bool) -> float | None:
         self.events.append(f"validate {version}")
-        return version / 4
+        self._pending = None if at_once or not self._beside else version
+        return None if self._pending else version / 4
 
-    def after_step(self, policy: Policy, score: float | None) -> None:
-        self.events.append(f"export {policy.version}, {score}")
+    def finish_validation(self) -> float | None:
+        if self._pending is None:
+            return None
+        self.events.append(f"finish validation {self._pending}")
+        score, self._pending = self._pending / 4, None
+        return score
+
+    def after_step(self, snapshot: Snapshot | None, score: float | None) -> None:
+        self.events.append(f"export, {score}")
+
+    def after_validation(self, snapshot: Snapshot | None, score: float) -> None:
+        self.events.append(f"export if best, {score}")
 
     def release(self, version: int) -> None:
         self.events.append(f"release {version}")
@@ -97,6 +115,7 @@ def run_parts(
     version: int = 0,
     stop_before: int = 99,
     logprob: float = -3.0,
+    beside: bool = False,
 ) -> tuple[Recorder, bool, Policy, Teacher]:
     """A run whose steps come in the given parts, each a group of completions that end in the given tokens."""
     config = a_config(
@@ -108,7 +127,7 @@ def run_parts(
     policy = Policy(a_language_model(), config.trainer, mesh, dtype=torch.float64, temperature=1.0)
     policy.version = version
     teacher = Teacher(policy)
-    world = Recorder(logprob, stop_before, parts)
+    world = Recorder(logprob, stop_before, parts, beside)
     checkpoints = LoggedCheckpoints(directory / "checkpoints", world.events)
     finished = train(config, policy, teacher, world, world, checkpoints, world, world)
     return world, finished, policy, teacher
@@ -120,10 +139,26 @@ def test_a_run_from_the_beginning_to_the_end(mesh: DeviceMesh, tmp_path: Path) -
     assert policy.version == 3
     assert events == [
         *("publish 0", "validate 0", "record 0"),
-        *("take 1", "publish 1", "record 1, 2 updates", "export 1, None"),
-        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "export 2, 0.5", "save 2", "release 2"),
-        *("take 3", "publish 3", "validate 3", "record 3, 2 updates", "export 3, 0.75", "save 3", "release 3"),
+        *("take 1", "publish 1", "record 1, 2 updates", "export, None"),
+        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "export, 0.5", "save 2", "release 2"),
+        *("take 3", "publish 3", "validate 3", "record 3, 2 updates", "export, 0.75", "save 3", "release 3"),
     ]
+
+
+def test_a_validation_beside_the_next_step_ends_before_another_version_is_served(
+    mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    world, *_ = run_parts(mesh, tmp_path, [range(8, 16)], beside=True)
+    assert world.events[7:] == [
+        *("take 2", "publish 2", "validate 2", "record 2, 2 updates", "export, None", "save 2", "release 2"),
+        *("take 3", "finish validation 2", "export if best, 0.5"),
+        *("publish 3", "validate 3", "record 3, 2 updates", "export, 0.75", "save 3", "release 3"),
+    ]
+
+
+def test_a_stop_during_a_validation_beside_the_next_step_waits_for_it(mesh: DeviceMesh, tmp_path: Path) -> None:
+    world, *_ = run_parts(mesh, tmp_path, [range(8, 16)], beside=True, stop_before=3)
+    assert world.events[-3:] == ["take 3", "finish validation 2", "export if best, 0.5"]
 
 
 def test_a_stop_saves_what_was_not_saved_and_says_that_it_is_not_finished(mesh: DeviceMesh, tmp_path: Path) -> None:
@@ -141,11 +176,12 @@ def test_a_stop_right_after_a_checkpoint_saves_nothing_twice(mesh: DeviceMesh, t
 def test_a_resumed_run_publishes_what_it_has_and_goes_on(mesh: DeviceMesh, tmp_path: Path) -> None:
     finished, events, _ = run(mesh, tmp_path, version=2)
     assert finished
-    assert events[:2] == ["publish 2", "take 3"]
+    assert events[:3] == ["publish 2", "validate 2", "export if best, 0.5"]
+    assert events[3] == "take 3"
 
 
 def test_a_finished_run_that_is_resumed_does_nothing(mesh: DeviceMesh, tmp_path: Path) -> None:
-    assert run(mesh, tmp_path, version=3)[:2] == (True, ["publish 3"])
+    assert run(mesh, tmp_path, version=3)[:2] == (True, ["publish 3", "validate 3", "export if best, 0.75"])
 
 
 def test_an_engine_that_disagrees_ends_the_run_before_anything_is_learned(mesh: DeviceMesh, tmp_path: Path) -> None:
