@@ -62,7 +62,8 @@ def demonstration_choice(
     """For each row, the row whose completion its teacher is shown; None where there is none.
 
     The first row of the same group with a reward of at least `threshold`, other than the row itself. The only
-    winner of a group therefore has no demonstration.
+    winner of a group therefore has no demonstration. Source: the reference run (jungseongryong/L2T, after
+    lasgroup/SDPO), there in the order after length balancing instead of rollout order.
     """
     members = _rows_by_group(groups)
     return [
@@ -85,7 +86,7 @@ def demonstration_metrics(
     *,
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """Who can learn from whom in a step, under the reference names. This method uses no feedback."""
+    """Who can learn from whom in a step, under the names of lasgroup/SDPO. This method uses no feedback."""
     correct = [reward >= threshold for reward in rewards]
     shown = sum(demonstration is not None for demonstration in demonstrations) / len(rewards)
     members = _rows_by_group(groups).values()

@@ -128,7 +128,8 @@ def aggregation_weights(
         horizon        1 / (num_sequences horizon)  mean over completions of sum / horizon (Dr. GRPO)
 
     `num_sequences` and `num_tokens` count the whole update, over all micro-batches and ranks: empty
-    completions and those with advantage 0 included.
+    completions and those with advantage 0 included. Sources: verl's loss_agg_mode, DAPO arXiv 2503.14476,
+    Dr. GRPO arXiv 2503.20783.
     """
     lengths = lengths.double()
     if aggregation == "sequence_mean":

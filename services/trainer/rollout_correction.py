@@ -33,6 +33,7 @@ def rollout_correction_metrics(
     each; empty completions do not count, and at least one is not empty. `weights` says whose statistics
     `rollout_is_*` are: of the ratio before truncation, as in the reference run, or of the weights that multiply
     the loss, as in verl since. Fractions above `max_ratio` and below its inverse are always of the raw ratio.
+    Source: verl's rollout correction.
     """
     old, rollout = old_logprobs.double(), rollout_logprobs.double()
     lengths = lengths[lengths > 0]

@@ -15,7 +15,7 @@ def reweight_lambda(step: int, *, initial: float, decay_steps: int | None, last_
 
     `decay_steps` counts the steps of the fall; 0, a negative number or None means that there is none.
     `last_full_step` is 1 in the reference run (step 1 has the whole of it) and 0 in the code of the RLSD
-    paper (step 1 has already lost a part).
+    paper (step 1 has already lost a part). Sources: jungseongryong/L2T and iie-ycx/RLSD.
     """
     if decay_steps is None or decay_steps <= 0:
         return initial
@@ -26,7 +26,8 @@ def reweight_lambda(step: int, *, initial: float, decay_steps: int | None, last_
 def learning_rate(step: int, *, base: float, warmup_steps: int) -> float:
     """Rate of all updates of a step: `base * (step - 1) / warmup_steps`, then `base`.
 
-    Warm-up counts training steps, not updates, and starts from 0. `warmup_steps` = 0 turns it off.
+    Warm-up counts training steps, not updates, and starts from 0. `warmup_steps` = 0 turns it off. Source: verl,
+    whose scheduler moves once a step, as the reference run used it.
     """
     return base * min(1.0, (step - 1) / warmup_steps) if warmup_steps > 0 else base
 
@@ -39,7 +40,10 @@ class UpdateSizes(NamedTuple):
 
 
 def update_sizes(*, groups_per_step: int, groups_per_update: int, group_size: int, ranks: int) -> UpdateSizes:
-    """How a step divides into optimizer updates. Their size does not depend on the number of ranks."""
+    """How a step divides into optimizer updates. Their size does not depend on the number of ranks.
+
+    Source: verl's ppo_mini_batch_size, which counts prompts ("mbs8" of the reference run: 64 completions an update).
+    """
     sequences = groups_per_update * group_size
     return UpdateSizes(groups_per_step // groups_per_update, sequences, sequences // ranks)
 
@@ -50,7 +54,7 @@ def update_teacher(teacher: Iterable[Tensor], policy: Iterable[Tensor], *, rate:
 
     `finite_updates` counts the step's updates whose gradient was finite; if there was none, the teacher stays.
     The teacher's tensors are float32 or float64: at a learning rate of 1e-6 the change of a step is below what
-    bfloat16 resolves. Raises ValueError for a narrower type.
+    bfloat16 resolves. Raises ValueError for a narrower type. Source: the reference run (jungseongryong/L2T).
     """
     if finite_updates == 0:
         return

@@ -1,6 +1,6 @@
 """What the teacher reads before it scores a completion: the question, with a sibling's solution beneath.
 
-The joins are those of the reference run, character for character. The answer key is never shown.
+The joins are those of the reference run (after lasgroup/SDPO), character for character. The answer key is never shown.
 """
 
 import re
