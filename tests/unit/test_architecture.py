@@ -205,23 +205,37 @@ def test_requirements_name_no_index_but_pytorchs_own() -> None:
         assert hosts <= {"download.pytorch.org"}, path
 
 
-def test_the_lock_holds_what_the_project_needs() -> None:
+def needed_by(extra: str) -> list[Requirement]:
+    """What the project with this extra installs, its own extras unfolded; torch comes from an index of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    installed = [*project["dependencies"], *(one for name, extra in extras.items() if name != "cuda" for one in extra)]
+    needed, todo = [*map(Requirement, project["dependencies"])], [extra]
+    while todo:
+        for requirement in map(Requirement, project["optional-dependencies"][todo.pop()]):
+            if requirement.name == "retort":
+                todo += requirement.extras
+            else:
+                needed.append(requirement)
+    return [requirement for requirement in needed if requirement.name != "torch"]
+
+
+@pytest.mark.parametrize(
+    ("lock", "extra"),
+    [
+        ("cpu", "cpu"),
+        ("cpu", "dev"),
+        ("reward", "reward"),
+        *((f"{service}-{kind}", service) for service in ("rollout", "trainer") for kind in ("cpu", "cuda")),
+    ],
+)
+def test_the_lock_holds_what_the_project_needs(lock: str, extra: str) -> None:
     locked = {
         canonicalize_name(name): version
         for name, _, version in (
-            line.partition("==") for line in (ROOT / "requirements" / "cpu.txt").read_text().split("\n")
+            line.partition("==") for line in (ROOT / "requirements" / f"{lock}.txt").read_text().split("\n")
         )
     }
-    lacking = [
-        text
-        for text in installed
-        if (requirement := Requirement(text)).name not in ("retort", "torch")  # torch comes from an index of its own
-        and not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), "0"))
-    ]
-    assert lacking == []
+    needed = needed_by(extra)
+    assert [str(one) for one in needed if not one.specifier.contains(locked.get(canonicalize_name(one.name), "0"))] == []
 
 
 def test_one_version_of_torch_is_named_everywhere() -> None:
