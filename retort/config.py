@@ -142,6 +142,8 @@ class TrainerConfig(Config):
     """Recompute activations in the backward pass."""
     max_logprob_gap: PositiveFloat = 0.5
     """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
+    metrics_port: NonNegativeInt = 0
+    """Port of the first rank's /metrics, at `weight_sync.host`; 0 is none."""
     deterministic: bool = False
     """Deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""
 

@@ -12,6 +12,7 @@ import msgspec
 
 from retort.config import RunConfig
 from retort.rollouts import RolloutGroup
+from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.questions import Question, question_text
@@ -100,9 +101,12 @@ class RunJournal(Journal):
         fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
         place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
         self._set_progress(**fields, **place)
+        gauges.PROGRESS.set(now)
 
     def beat(self) -> None:
-        self._set_progress(updated=time.time())
+        now = time.time()
+        self._set_progress(updated=now)
+        gauges.PROGRESS.set(now)
 
     def assert_newest(self) -> None:
         self._assert_newest()
@@ -158,6 +162,7 @@ class RunJournal(Journal):
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        gauges.set_step(line)
         self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
 
     def _line(self, group: RolloutGroup, question: Question, taught: Sequence[tuple[Any, Any, Any]]) -> dict[str, Any]:
