@@ -18,9 +18,9 @@ MODULES = {
 UNITS = ("tokens_per_second", "seconds", "tokens", "nats", "ratio", "versions", "version")
 HEAD = """# Metrics
 
-What the services tell Prometheus, made from their declarations by `python docs/metrics_table.py`; a test keeps this page
-current. The reference name is the one in `metrics.jsonl` ([algorithm.md](algorithm.md)), which is the reference run's where
-that has one.
+What the services tell Prometheus, made from their declarations by `python docs/metrics_table.py`; a test keeps it
+current. The reference name is the one in `metrics.jsonl` ([algorithm.md](algorithm.md)), which is the reference run's
+where that has one.
 
 | service | where |
 |---|---|
