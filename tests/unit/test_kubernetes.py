@@ -23,6 +23,7 @@ KUBERNETES = "1.32"
 Resource = dict[str, Any]
 
 # What of KEDA's resources is used here, and nothing else: a misspelt key is refused, as KEDA's own schema would.
+INTEGER = {"type": "integer"}
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
@@ -33,9 +34,10 @@ def exactly(**properties: Any) -> dict[str, Any]:
 KEDA = {
     "ScaledObject": exactly(
         scaleTargetRef=exactly(name={"type": "string"}),
-        **dict.fromkeys(
-            ("minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod"), {"type": "integer"}
-        ),
+        minReplicaCount=INTEGER,
+        maxReplicaCount=INTEGER,
+        pollingInterval=INTEGER,
+        cooldownPeriod=INTEGER,
         advanced=exactly(
             horizontalPodAutoscalerConfig=exactly(
                 behavior=exactly(scaleDown=exactly(stabilizationWindowSeconds={"type": "integer", "maximum": 3600}))
