@@ -42,7 +42,5 @@ proto: setup  ## compile proto/ into retort/proto/
 	$(BIN)/python -m grpc_tools.protoc -Iretort/proto=proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/reward/v1/reward.proto
 
-lock: setup  ## resolve requirements/cpu.txt anew; torch and what breaks beside it stay out
-	$(BIN)/python -m uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
-		--python-platform x86_64-manylinux_2_28 --extra cpu --extra dev --override requirements/overrides.txt \
-		pyproject.toml requirements/torch-deps.in --output-file requirements/cpu.txt
+lock: setup  ## resolve every file of requirements/ anew: requirements/lock.sh
+	@sh requirements/lock.sh

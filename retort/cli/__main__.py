@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
     "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),
+    "preflight": ("retort.cli.machine", "is this machine fit for a run? every red line says what to do"),
     "plan": ("retort.cli.plan", "print what a run file amounts to, before anything is started"),
     "compare": ("retort.cli.compare", "two runs side by side, or a run beside a published one"),
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),

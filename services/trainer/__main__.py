@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from prometheus_client import start_http_server
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 
@@ -132,7 +133,9 @@ def _ranks(config: RunConfig) -> Iterator[bool]:
 
 
 def _take_over(config: RunConfig) -> tuple[int, TrainerQueue]:
-    """Become the run's only trainer. Every earlier one is fenced out from here on."""
+    """Become the run's only trainer, for Prometheus too. Every earlier one is fenced out from here on."""
+    if config.trainer.metrics_port:
+        _serve_metrics(config.weight_sync.host, config.trainer.metrics_port)
     redis = connect(config.redis.url or os.environ.get("REDIS_URL", ""))
     epoch = _next_epoch(config.directory / "epoch", RunView(redis, config.key_prefix).highest_epoch())
     queue = TrainerQueue(redis, config.key_prefix, epoch)
@@ -140,6 +143,13 @@ def _take_over(config: RunConfig) -> tuple[int, TrainerQueue]:
     queue.withdraw("validation")
     log_event("took_over", epoch=epoch)
     return epoch, queue
+
+
+def _serve_metrics(host: str, port: int) -> None:
+    try:
+        start_http_server(port, host)
+    except OSError as error:
+        raise ConfigError(f"trainer.metrics_port = {port}: cannot listen on {host}: {error.strerror}.") from None
 
 
 def _next_epoch(path: Path, highest_in_redis: int) -> int:

@@ -12,6 +12,7 @@ import msgspec
 
 from retort.config import RunConfig
 from retort.rollouts import RolloutGroup
+from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.questions import Question, question_text
@@ -106,9 +107,12 @@ class RunJournal(Journal):
         fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
         place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
         self._set_progress(**fields, **place)
+        gauges.PROGRESS.set(now)
 
     def beat(self) -> None:
-        self._set_progress(updated=time.time())
+        now = time.time()
+        self._set_progress(updated=now)
+        gauges.PROGRESS.set(now)
 
     def assert_newest(self) -> None:
         self._assert_newest()
@@ -148,6 +152,7 @@ class RunJournal(Journal):
         metrics = validation_metrics_of(groups)
         lines = [self._line(group, question, [(None, None, None)] * len(group.rollouts)) for group, question in groups]
         _write_lines(self._directory / "validation" / f"step-{version:06d}.jsonl", lines)
+        gauges.set_validation(metrics)
         self._validated.add(version)
         if version in self._recorded:
             self._write({"step": version, "time": time.time(), "policy_version": version, **metrics})
@@ -169,6 +174,7 @@ class RunJournal(Journal):
             **({"perf/throughput": tokens / (elapsed - not_training)} if tokens else {}),
         }
         self._write(line)
+        gauges.set_step(line)
         self._recorded.add(step)
         self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
 

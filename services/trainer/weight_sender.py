@@ -33,6 +33,7 @@ from retort.weight_sync import (
     open_process_group,
     send,
 )
+from services.trainer.gauges import EVICTIONS
 
 HEARD_OF_WITHIN_S = 10.0
 BROADCAST_SHARE = 0.75
@@ -245,6 +246,7 @@ class WeightSender:
         return ""
 
     def _evict(self, member: Member, phase: str, reason: str) -> None:
+        EVICTIONS.labels(phase).inc()
         log_event("replica_evicted", logging.ERROR, replica=member.name, phase=phase, reason=reason)
         self._queue.evict(member)
 

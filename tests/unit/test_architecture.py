@@ -29,6 +29,9 @@ COVERED_BY = {
     "retort/cli/version.py": "tests/unit/cli/test_main.py",
     "retort/client/calls.py": "tests/integration/test_reward_clients.py",
     "retort/client/messages.py": "tests/integration/test_reward_clients.py",
+    "retort/config/errors.py": "tests/unit/test_config.py",
+    "retort/config/loading.py": "tests/unit/test_config.py",
+    "retort/config/tables.py": "tests/unit/test_config.py",
     "retort/queues/connection.py": "tests/integration/test_queue_servers.py",
     "retort/queues/replies.py": "tests/integration/test_queues.py",
     "retort/queues/rollout.py": "tests/integration/test_queues.py",
@@ -206,22 +209,37 @@ def test_requirements_name_no_index_but_pytorchs_own() -> None:
         assert hosts <= {"download.pytorch.org"}, path
 
 
-def test_the_lock_holds_what_the_project_needs() -> None:
+def needed_by(extra: str) -> list[Requirement]:
+    """What the project with this extra installs, its own extras unfolded; torch comes from an index of its own."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    installed = [*project["dependencies"], *(one for name, extra in extras.items() if name != "cuda" for one in extra)]
+    needed, todo = [*map(Requirement, project["dependencies"])], [extra]
+    while todo:
+        for requirement in map(Requirement, project["optional-dependencies"][todo.pop()]):
+            if requirement.name == "retort":
+                todo += requirement.extras
+            else:
+                needed.append(requirement)
+    return [requirement for requirement in needed if requirement.name != "torch"]
+
+
+@pytest.mark.parametrize(
+    ("lock", "extra"),
+    [
+        ("cpu", "cpu"),
+        ("cpu", "dev"),
+        ("reward", "reward"),
+        *((f"{service}-{kind}", service) for service in ("rollout", "trainer") for kind in ("cpu", "cuda")),
+    ],
+)
+def test_the_lock_holds_what_the_project_needs(lock: str, extra: str) -> None:
     locked = {
         canonicalize_name(name): version
         for name, _, version in (
-            line.partition("==") for line in (ROOT / "requirements" / "cpu.txt").read_text().split("\n")
+            line.partition("==") for line in (ROOT / "requirements" / f"{lock}.txt").read_text().split("\n")
         )
     }
-    lacking = [
-        text
-        for text in installed
-        if (requirement := Requirement(text)).name not in ("retort", "torch")  # torch comes from an index of its own
-        and not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), "0"))
-    ]
+    needed = needed_by(extra)
+    lacking = [one for one in needed if not one.specifier.contains(locked.get(canonicalize_name(one.name), "0"))]
     assert lacking == []
 
 

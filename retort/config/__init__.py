@@ -1,0 +1,47 @@
+"""The run file: one TOML describes one run, one table per concern.
+
+Sources, strongest first: `--set section.key=value`, environment `RETORT_SECTION__KEY`, the TOML file, the defaults in
+`tables`.
+Unknown keys are refused with the nearest right name. Addresses and secrets may come from the environment only.
+"""
+
+from retort.config.errors import ConfigError, MissingDependencyError
+from retort.config.loading import ENV_PREFIX, dump_config, load_config
+from retort.config.tables import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    RedisConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TimeoutConfig,
+    TrainerConfig,
+    ValidationConfig,
+    WeightSyncConfig,
+)
+
+__all__ = [
+    "ENV_PREFIX",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "MethodConfig",
+    "MissingDependencyError",
+    "ModelConfig",
+    "RedisConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "TimeoutConfig",
+    "TrainerConfig",
+    "ValidationConfig",
+    "WeightSyncConfig",
+    "dump_config",
+    "load_config",
+]

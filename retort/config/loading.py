@@ -1,0 +1,114 @@
+"""From a run file, the environment and `--set` to one configuration, with errors that name file, key and value."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from retort.config.errors import ConfigError
+from retort.config.tables import RunConfig
+
+ENV_PREFIX = "RETORT_"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> RunConfig:
+    """Read a run file and apply the environment and `--set` overrides.
+
+    Raises ConfigError, naming file, key, value and the nearest right name.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file. Shipped ones are in configs/.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    origins: dict[str, str] = {}
+    for key, text, origin in _overrides(overrides, env):
+        _put(values, key, _parse(key, text), origin)
+        origins[key] = origin
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), origins)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as TOML; `load_config` reads it back to an equal object."""
+    import tomlkit
+
+    return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    top_level = {*RunConfig.model_fields}
+    for name, text in sorted(env.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+        if key:
+            yield f"{section}.{key}", text, f"environment {name}"
+        elif section in top_level:
+            yield section, text, f"environment {name}"
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: expected section.key=value, for example --set trainer.steps=5")
+        yield key.strip(), text.strip(), f"--set {item}"
+
+
+def _parse(key: str, text: str) -> Any:
+    """A TOML value where the text is one, and a plain string otherwise."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    # A run may be called 2026 or 1e5: what is wanted as text stays as it was typed.
+    wanted = dict(_keys(RunConfig)).get(key)
+    return text if wanted is str and not isinstance(value, str) else value
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
+    *tables, key = dotted.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{origin}: {table} is not a table")
+    values[key] = value
+
+
+def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        # A misspelt table is reported as such, by whatever put something into it.
+        where = next((origin for name, origin in origins.items() if f"{name}.".startswith(f"{key}.")), file)
+        if problem["type"] == "extra_forbidden":
+            hint = _nearest(key)
+            lines.append(f"{where}: unknown key {key}." + (f" Did you mean {hint}?" if hint else ""))
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: {key} is missing.")
+        elif key:
+            lines.append(f"{where}: {key} = {problem['input']!r}: {problem['msg']}.")
+        else:
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}.")
+    return "\n".join(lines)
+
+
+def _nearest(key: str) -> str:
+    known = sorted(name for name, _ in _keys(RunConfig))
+    by_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    matches = by_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return matches[0] if matches else ""
+
+
+def _keys(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of everything that a run file may hold, tables included."""
+    for name, field in table.model_fields.items():
+        yield prefix + name, field.annotation
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
