@@ -73,7 +73,6 @@ def train(
         if is_last or policy.version % config.checkpoint.every == 0:
             saved_version = save(policy, teacher, steps, checkpoints, journal)
 
-    keep_if_best(weights, exports, steps.finish_validation())
     if saved_version != policy.version:
         save(policy, teacher, steps, checkpoints, journal)
     return policy.version == settings.steps

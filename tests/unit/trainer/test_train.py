@@ -156,9 +156,13 @@ def test_a_validation_beside_the_next_step_ends_before_another_version_is_served
     ]
 
 
-def test_a_stop_during_a_validation_beside_the_next_step_waits_for_it(mesh: DeviceMesh, tmp_path: Path) -> None:
+def test_a_stop_during_a_validation_does_not_wait_for_it_and_the_resumed_run_validates_again(
+    mesh: DeviceMesh, tmp_path: Path
+) -> None:
     world, *_ = run_parts(mesh, tmp_path, [range(8, 16)], beside=True, stop_before=3)
-    assert world.events[-3:] == ["take 3", "finish validation 2", "export if best, 0.5"]
+    assert world.events[-3:] == ["save 2", "release 2", "take 3"]
+    resumed, *_ = run_parts(mesh, tmp_path, [range(8, 16)], version=2)
+    assert resumed.events[:3] == ["publish 2", "validate 2", "export if best, 0.5"]
 
 
 def test_a_stop_saves_what_was_not_saved_and_says_that_it_is_not_finished(mesh: DeviceMesh, tmp_path: Path) -> None:
