@@ -1,5 +1,7 @@
 """Rank 0 admits what the staleness bound allows, waits for it, and lets go of what a checkpoint holds."""
 
+import random
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch.distributed as dist
 
 from retort.queues import RolloutQueue
 from retort.rollouts import RolloutGroup, WorkItem
+from services.trainer import admission
 from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch
 from services.trainer.journal import RunJournal
@@ -53,13 +56,15 @@ class SamplingJournal(RunJournal):
             self._run.wait(self._replica.submit(lease, sampled(lease.item)))
 
 
-def rank_0(run: Run, directory: Path, **sections: Any) -> tuple[Rank0Steps, SamplingJournal]:
+def rank_0(
+    run: Run, directory: Path, *, journal_type: type[SamplingJournal] = SamplingJournal, **sections: Any
+) -> tuple[Rank0Steps, Any]:
     config = a_config(directory, **sections)
     queue = run.trainer()
     work = WorkList(config, QUESTIONS, QUESTIONS[:2], encode=lambda question: [question.index])
     sender = a_sender(run)
     publish(sender, 0)
-    journal = SamplingJournal(
+    journal = journal_type(
         run,
         run.replica("sampler"),
         config,
@@ -94,6 +99,58 @@ def test_staleness_admits_so_many_steps_ahead_but_none_after_the_last(run: Run, 
     with TorchReplica(run):
         assert len(list(steps.take(1))) == 1
     assert set(journal.admitted) == {(1, 0), (2, 0)}
+
+
+class HeavyTail(SamplingJournal):
+    """Lengths from a Pareto distribution; in every tick a completion grows by four tokens, and a group ends with its
+    longest. Remembers what was generated."""
+
+    served = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generated: dict[str, list[int]] = {}
+        self._growing: list[tuple[int, Any, RolloutGroup]] = []
+        self._ticks = 0
+        self._random = random.Random(0)
+
+    def beat(self) -> None:
+        self._ticks += 1
+        for lease in self._run.take(self._replica):
+            item = lease.item
+            lengths = [min(60, int(self._random.paretovariate(1.1))) for _ in range(item.group_size)]
+            rollouts = [a_rollout([5] * length, policy_version=self.served) for length in lengths]
+            group = a_group(*rollouts, group_id=item.group_id, step=item.step)
+            self._growing.append((self._ticks + max(lengths) // 4, lease, group))
+        for due, lease, group in self._growing:
+            if due <= self._ticks:
+                self.generated[group.group_id] = [len(rollout.completion_ids) for rollout in group.rollouts]
+                self._run.wait(self._replica.submit(lease, group))
+        self._growing = [one for one in self._growing if one[0] > self._ticks]
+
+
+@pytest.mark.parametrize("update_order", ["arrival", "group"])
+def test_however_heavy_the_tail_exactly_what_was_generated_is_trained_within_the_bound(
+    run: Run, tmp_path: Path, update_order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No completion is dropped for being long, so trained lengths are distributed as generated ones are."""
+    monkeypatch.setattr(admission, "POLL_S", 0.005)
+    num_steps, bound = 12, 2
+    trainer = {"max_staleness": bound, "steps": num_steps, "update_order": update_order}
+    steps, journal = rank_0(run, tmp_path, journal_type=HeavyTail, trainer=trainer)
+    trained: dict[str, list[int]] = {}
+    with TorchReplica(run):
+        for step in range(1, num_steps + 1):
+            groups = [group for part in steps.take(step) for group in part.groups]
+            assert len(groups) == 4
+            for group in groups:
+                assert 0 <= step - 1 - group.oldest_policy_version <= bound
+                trained[group.group_id] = [len(rollout.completion_ids) for rollout in group.rollouts]
+            journal.served = step
+    assert trained == journal.generated
+    assert len(trained) == 4 * num_steps
+    lengths = [length for of_group in trained.values() for length in of_group]
+    assert max(lengths) > 10 * statistics.median(lengths), "the tail is heavy"
 
 
 def test_validation_is_collected_recorded_and_forgotten(run: Run, tmp_path: Path) -> None:
