@@ -9,10 +9,10 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from retort.config import RunConfig
+from retort.questions import Question
 from retort.rollouts import Rollout, RolloutGroup
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
-from services.trainer.questions import Question
 
 VOCABULARY = 32
 

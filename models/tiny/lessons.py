@@ -13,7 +13,7 @@ from data.periodic_table.make_questions import (
     draw_question,
     make_splits,
 )
-from services.trainer.questions import encode_prompt
+from services.trainer.prompts import encode_prompt
 from services.trainer.teacher_prompt import teacher_messages
 
 

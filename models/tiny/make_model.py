@@ -36,7 +36,7 @@ from models.tiny.lessons import (
     right_completion,
     with_demonstration,
 )
-from services.trainer.questions import encode_prompt
+from services.trainer.prompts import encode_prompt
 
 MAX_LENGTH = 1024
 MIN_CLEAN_ACCURACY = 0.75

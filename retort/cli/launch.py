@@ -18,7 +18,7 @@ from retort.cli.processes import Ending, Program, RestartPolicy, Supervisor, las
 from retort.cli.run_directory import open_run_directory
 from retort.cli.status import write_status
 from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, who_waits
-from retort.config import RunConfig
+from retort.config import ConfigError, RunConfig
 from retort.queues import clear_stop, request_stop
 
 Plan = Callable[[RunConfig, Path], tuple[str, list[Program]]]
@@ -135,7 +135,14 @@ class LocalRun:
             self._next_steps()
         else:
             self._screen.say(f"{outcome.phase} after {self._elapsed()}. Logs: {self._config.directory / 'logs'}")
-            self._screen.say(f"To resume from {self._newest_checkpoint()}: {resume_command}")
+            self._screen.say(self._what_to_do(outcome, resume_command))
+
+    def _what_to_do(self, outcome: Outcome, resume_command: str) -> str:
+        newest = self._newest_checkpoint()
+        if outcome.exit_code == ConfigError.exit_code and not newest:
+            # A resumed run goes by the configuration that has just been refused.
+            return f"Nothing was trained. Correct it, remove {self._config.directory} and run again."
+        return f"To resume from {newest or 'the beginning (no checkpoint yet)'}: {resume_command}"
 
     def _next_steps(self) -> None:
         from retort.cli.report import build_report
@@ -243,10 +250,10 @@ class LocalRun:
         write_status(self._config.directory, status)
 
     def _newest_checkpoint(self) -> str:
-        """Name of the checkpoint from which a resume starts."""
+        """Name of the checkpoint from which a resume starts; empty: from the beginning."""
         names = [path.name for path in Path(self._config.directory / "checkpoints").glob("step-*")]
         committed = sorted(name for name in names if re.fullmatch(r"step-\d+", name))
-        return committed[-1] if committed else "the beginning (no checkpoint yet)"
+        return committed[-1] if committed else ""
 
     def _elapsed(self) -> str:
         return clock(time.monotonic() - self._began)

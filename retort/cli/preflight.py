@@ -1,20 +1,20 @@
 """Checks before anything is started: what a user can get wrong is said at once, in words, and costs no waiting."""
 
-import json
 import os
 import socket
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from retort.config import ConfigError, MissingDependencyError, RunConfig
+from retort.questions import asked_in_both, questions_of
 
 
 def check(config: RunConfig) -> None:
     """Raises ConfigError or MissingDependencyError for the first thing that would keep the run from starting."""
     check_dependencies(config)
     check_model(config.model.path)
-    check_questions(Path(config.data.train))
-    check_questions(Path(config.data.validation))
+    check_questions(config)
     check_ports(config)
     check_services(config)
 
@@ -48,19 +48,15 @@ def check_model(path: str) -> None:
         )
 
 
-def check_questions(file: Path) -> None:
-    """Every line is a JSON object with an answer. What a question must hold besides is the trainer's to say."""
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot read the data file: {error.strerror}.") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            question = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{file}, line {number}: not JSON: {error}") from None
-        if not isinstance(question, dict) or "answer" not in question:
-            raise ConfigError(f'{file}, line {number}: expected a JSON object with a question and its "answer".')
+def check_questions(config: RunConfig) -> None:
+    """Both files hold questions, enough of them. Says so where validation asks what is trained on."""
+    train, validation = questions_of(config)
+    if both := asked_in_both(train, validation):
+        print(
+            f"warning: {both} of {len(validation)} validation questions are training questions too, so validation "
+            f"does not measure what is new ({config.data.validation}).",
+            file=sys.stderr,
+        )
 
 
 def check_ports(config: RunConfig) -> None:

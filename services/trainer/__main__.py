@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 
 from retort.config import ConfigError, RunConfig, load_config
+from retort.questions import Question, questions_of
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.rollouts import RolloutGroup
 from retort.telemetry import die_with_parent, log_event, start_logging
@@ -30,8 +31,8 @@ from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal, RunJournal
 from services.trainer.model_card import ModelCard
 from services.trainer.policy import Policy, load_language_model
+from services.trainer.prompts import decode, encode_prompt
 from services.trainer.publish import WeightPublisher
-from services.trainer.questions import Question, decode, encode_prompt, load_questions
 from services.trainer.steps import Rank0Steps, Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import train
@@ -64,7 +65,7 @@ def run(config: RunConfig) -> int:
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     with _ranks(config) as is_first:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        questions, validation = load_questions(config.data.train), load_questions(config.data.validation)
+        questions, validation = questions_of(config)
         work = WorkList(config, questions, validation, lambda question: encode_prompt(tokenizer, question.messages))
         _check_fit(config, work)
 
@@ -169,11 +170,6 @@ def _next_epoch(path: Path, highest_in_redis: int) -> int:
 
 def _check_fit(config: RunConfig, work: WorkList) -> None:
     """Raise ConfigError before anything is started that cannot end well."""
-    if len(work.train) < config.trainer.groups_per_step:
-        raise ConfigError(
-            f"{config.data.train} has {len(work.train)} questions, fewer than "
-            f"trainer.groups_per_step = {config.trainer.groups_per_step}"
-        )
     limit = min(config.data.max_prompt_tokens, config.model.max_length - config.sampling.max_completion_tokens)
     for name, questions in (("train", work.train), ("validation", work.validation)):
         longest = max(questions, key=lambda question: _length(work, question))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from retort.config import RunConfig
+from retort.questions import Question
 from retort.queues import Kind, TrainerQueue
 from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem, sample_seed
-from services.trainer.questions import Question
 
 POLL_S = 0.25
 ISSUE_AGAIN_S = 15.0
@@ -62,7 +62,7 @@ class WorkList:
         )
         return [
             self._item(f"v{version}-{q.index:06d}", "validation", version, version, q, sampling, settings.samples)
-            for q in self.validation[: settings.max_questions or None]
+            for q in self.validation
         ]
 
     def question(self, group: RolloutGroup) -> Question:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from retort.config import MethodConfig
+from retort.questions import Question
 from retort.rollouts import Rollout, RolloutGroup
 from services.trainer.advantage import demonstration_choice, overlong_penalty
 from services.trainer.methods import method_of
-from services.trainer.questions import Question, decode, encode_prompt
+from services.trainer.prompts import decode, encode_prompt
 from services.trainer.teacher_prompt import teacher_messages
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from retort.config import RunConfig
+from retort.questions import Question, question_text
 from retort.rollouts import RolloutGroup
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.metrics import step_metrics, validation_metrics_of
-from services.trainer.questions import Question, question_text
 from services.trainer.ranks import gather_all
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport

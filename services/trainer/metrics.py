@@ -6,12 +6,12 @@ from statistics import mean
 
 import torch
 
+from retort.questions import Question
 from retort.rollouts import RolloutGroup
 from services.trainer.advantage import demonstration_metrics
 from services.trainer.batch import StepBatch
 from services.trainer.loss import loss_metrics, weight_metrics
 from services.trainer.moments import merge
-from services.trainer.questions import Question
 from services.trainer.rollout_correction import rollout_correction_metrics
 from services.trainer.update import Update
 from services.trainer.validation_metrics import validation_metrics

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from retort.config import RedisConfig, RewardConfig, RunConfig, dump_config
+from retort.questions import asked_in_both, questions_of
 from services.trainer.export import ROOT, best_name, exported, hf_directory
 from services.trainer.methods import method_of
-from services.trainer.questions import load_questions
 from services.trainer.results import Results
 from services.trainer.validation_curve import validation_svg
 
@@ -78,7 +78,7 @@ CARD = """\
 
 {data}
 
-Data source: {sources}. Validation questions are never trained on.
+Data source: {sources}. {separation}
 
 ## Method
 
@@ -141,8 +141,13 @@ class ModelCard:
         """Reads the questions, of which the card says how many and which they are."""
         self._config = config
         self._directory = hf_directory(config)
-        train, validation = load_questions(config.data.train), load_questions(config.data.validation)
-        used = validation[: config.validation.max_questions or None]
+        train, used = questions_of(config)
+        both = asked_in_both(train, used)
+        self._separation = (
+            f"{both} of the {len(used)} validation questions are training questions too."
+            if both
+            else "No validation question is a training question."
+        )
         self._sources = Counter(question.data_source for question in used)
         self._splits = [
             ["Training", f"`{config.data.train}`", str(len(train)), f"`{_digest(config.data.train)}`"],
@@ -173,6 +178,7 @@ class ModelCard:
             checkpoints=self._checkpoints(results),
             data=_table(["Split", "File", "Questions", "sha256 of the file"], self._splits),
             sources=", ".join(f"`{source}`" for source in self._sources),
+            separation=self._separation,
             parts=_table(["Part", "Value"], [[part, f"`{value}`"] for part, value in parts]),
             checker=config.data.checker,
             threshold=config.method.max_rollout_ratio,

@@ -12,7 +12,7 @@ import pytest
 
 from retort.cli.__main__ import main
 from retort.cli.prepare import CHECKSUMS, SYSTEM, read_split
-from services.trainer.questions import load_questions
+from retort.questions import load_questions
 
 BESIDE = Path(__file__).parents[3] / "shared" / "data" / "sciknoweval" / "chemistry"
 QUESTIONS = Path(os.environ.get("RETORT_SCIKNOWEVAL", BESIDE))

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from retort.cli import preflight
@@ -10,6 +9,7 @@ from retort.cli.machine.finding import Answer, failed, ok, warning
 from retort.cli.plan.model_shape import read_shape
 from retort.cli.process_table import visible_gpus
 from retort.config import ConfigError, RunConfig
+from retort.questions import questions_of
 
 GIB = 2**30
 ENGINE_GIB = 2.5
@@ -27,11 +27,10 @@ def packages(config: RunConfig) -> Answer:
 
 def questions(config: RunConfig) -> Answer:
     try:
-        for file in (config.data.train, config.data.validation):
-            preflight.check_questions(Path(file))
+        train, validation = questions_of(config)
     except ConfigError as error:
         return failed(str(error).rstrip("."), "Correct [data], or make the file: `retort prepare` has published ones.")
-    return ok(f"{config.data.train} and {config.data.validation} can be read")
+    return ok(f"{len(train)} questions to train on, {len(validation)} to validate with")
 
 
 def memory(config: RunConfig) -> Answer:

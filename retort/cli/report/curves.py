@@ -144,7 +144,7 @@ def _validation(run: Run, data_source: str, samples: int) -> str:
         f"Validation on {data_source}",
         line_chart(series, unit=True, mark=mark),
         series[::-1],
-        f"Questions that are never trained on, {samples} completions each: avg is the share that is right, maj whether "
+        f"The validation questions, {samples} completions each: avg is the share that is right, maj whether "
         "the most frequent answer is right, best whether any is. Bad: avg falls while the training reward rises.",
     )
 

@@ -80,7 +80,11 @@ def _result(run: Run, data_source: str, samples: int) -> str:
     points = run.points(f"val-core/{data_source}/acc/mean@{samples}")
     (first, before), (last, after) = points[0], points[-1]
     questions = len(run.validations[-1].accuracy) if run.validations and len(run.validated) == 1 else 0
-    of = f" of {questions} unseen questions, {samples} completions each" if questions else f" on {escape(data_source)}"
+    of = (
+        f" of {questions} validation questions, {samples} completions each"
+        if questions
+        else f" on {escape(data_source)}"
+    )
     start = "before training" if first == 0 else f"after {_steps(first)}"
     head = f'<h2>avg@{samples}<span>{of}</span></h2><div class="numbers"><p><b>{before:.3f}</b>{start}</p>'
     if last == first:

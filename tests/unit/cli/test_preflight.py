@@ -7,8 +7,6 @@ import pytest
 from retort.cli import preflight
 from retort.config import ConfigError, RunConfig
 
-QUESTION = {"prompt": "Which element has 6 protons?", "answer": "C"}
-
 
 def config(**tables: dict) -> RunConfig:
     return RunConfig.model_validate(
@@ -40,23 +38,35 @@ def test_a_path_that_is_neither_directory_nor_hub_name_is_refused() -> None:
         preflight.check_model("models/tiny/qwen")
 
 
-def test_a_malformed_line_is_named_by_its_number(tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps(QUESTION) + "\n" + '{"prompt": "Which' + "\n")
-    with pytest.raises(ConfigError, match=r"train\.jsonl, line 2: not JSON"):
-        preflight.check_questions(file)
+def asked(directory: Path, *, train: str, validation: str) -> RunConfig:
+    files = {"train": directory / "train.jsonl", "validation": directory / "validation.jsonl"}
+    files["train"].write_text(train)
+    files["validation"].write_text(validation)
+    data = {name: str(file) for name, file in files.items()}
+    return config(data=data, trainer={"steps": 1, "groups_per_step": 2, "groups_per_update": 2})
 
 
-def test_a_line_without_an_answer_is_named_by_its_number(tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_text("\n".join(json.dumps(line) for line in (QUESTION, QUESTION, ["no", "object"])))
-    with pytest.raises(ConfigError, match=r"train\.jsonl, line 3: expected a JSON object"):
-        preflight.check_questions(file)
+def lines(*prompts: str) -> str:
+    return "".join(json.dumps({"prompt": prompt, "answer": "C"}) + "\n" for prompt in prompts)
 
 
-def test_a_data_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"no-such\.jsonl: cannot read the data file: No such file"):
-        preflight.check_questions(Path("no-such.jsonl"))
+def test_a_question_that_the_trainer_would_refuse_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.jsonl, line 2: neither `messages` nor `prompt` is there"):
+        preflight.check_questions(asked(tmp_path, train=lines("a") + '{"answer": "B"}\n', validation=lines("b")))
+
+
+def test_fewer_questions_than_a_step_asks_say_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.jsonl has 1 questions, fewer than .* = 2\. Set that, .* to 1 or"):
+        preflight.check_questions(asked(tmp_path, train=lines("a"), validation=lines("b")))
+
+
+def test_validation_questions_that_are_trained_on_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preflight.check_questions(asked(tmp_path, train=lines("a", "b", "c"), validation=lines("d", "b", "a")))
+    assert "warning: 2 of 3 validation questions are training questions too" in capsys.readouterr().err
+    preflight.check_questions(asked(tmp_path, train=lines("a", "b"), validation=lines("d")))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("table", ["reward", "rollout"])

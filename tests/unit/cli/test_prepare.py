@@ -6,7 +6,7 @@ import pytest
 
 from retort.cli.__main__ import main
 from retort.cli.prepare import SYSTEM, checksum_problem, convert, encode, split
-from services.trainer.questions import load_questions
+from retort.questions import load_questions
 
 
 def an_upstream_row(number: int = 0, **fields: Any) -> dict[str, Any]:

@@ -95,11 +95,6 @@ def test_every_validation_draws_with_the_same_seeds() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
-def test_validation_may_be_cut_to_the_first_questions() -> None:
-    items = a_work_list(validation={"max_questions": 2}).of_validation(0)
-    assert [item.group_id for item in items] == ["v0-000000", "v0-000001"]
-
-
 def test_a_group_knows_its_question() -> None:
     work = a_work_list()
     assert work.question(a_group(group_id="3-000007")) == QUESTIONS[7]

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from retort.config import MethodConfig
 from services.trainer.batch import StepBatch, assemble
-from services.trainer.questions import encode_prompt
+from services.trainer.prompts import encode_prompt
 from tests.training import a_batch, a_group, a_question, a_rollout
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "models" / "tiny")

@@ -132,7 +132,7 @@ def test_the_hyperparameters_of_the_published_run_are_those_of_its_card(
 ) -> None:
     published = load_config(ROOT / "configs" / "qwen3-4b-sciknoweval.toml", [f"run_dir={tmp_path}"], env={})
     monkeypatch.chdir(tmp_path)
-    questions(Path(published.data.train), 3, "sciknoweval")
+    questions(Path(published.data.train), 256, "sciknoweval")
     questions(Path(published.data.validation), 2, "sciknoweval")
     card = card_of(published)
     values = {name: value for name, value, _ in cells(card, "Hyperparameters")}
@@ -199,6 +199,14 @@ def test_questions_are_counted_and_named_by_digest(tmp_path: Path) -> None:
     rows = cells(card_of(a_run(tmp_path)), "Data")
     assert [row[2] for row in rows[2:]] == ["5", "16"]
     assert all(re.fullmatch("`[0-9a-f]{64}`", row[3]) for row in rows[2:])
+
+
+def test_a_card_says_whether_validation_asks_what_was_trained_on(tmp_path: Path) -> None:
+    config = a_run(tmp_path)
+    assert "16 of the 16 validation questions are training questions too." in section(card_of(config), "Data")
+    other = Path(config.data.validation)
+    other.write_text(other.read_text().replace("Au?", "Ag?"))
+    assert "No validation question is a training question." in section(card_of(config), "Data")
 
 
 def test_the_periodic_table_teaches_no_new_chemistry(tmp_path: Path) -> None:

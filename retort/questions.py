@@ -1,15 +1,12 @@
-"""The questions of a data file, and the prompts that they make."""
+"""The questions of a data file: read by the trainer, and by the command line before anything is started."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
-from retort.config import ConfigError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from retort.config import ConfigError, MissingDependencyError, RunConfig
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,19 +41,40 @@ def load_questions(path: Path | str) -> list[Question]:
     """
     path = Path(path)
     is_parquet = path.suffix == ".parquet"
+    place = "row" if is_parquet else "line"
     try:
         rows = _parquet_rows(path) if is_parquet else _lines(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the data file: {error.strerror or error}.") from None
-    if not rows:
-        raise ConfigError(f"{path}: the data file is empty; expected a question in each {_place(is_parquet)}.")
-    questions = []
-    for index, row in enumerate(rows):
+    questions: list[Question] = []
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
         try:
-            questions.append(_question(row, index, default_source=path.stem))
+            questions.append(_question(row, len(questions), default_source=path.stem))
         except (msgspec.DecodeError, ValueError) as error:
-            raise ConfigError(f"{path}, {_place(is_parquet)} {index + 1}: {error}") from None
+            hint = " Write it as text, in quotes." if "got `int`" in str(error) or "got `float`" in str(error) else ""
+            raise ConfigError(f"{path}, {place} {number}: {error}{hint}") from None
+    if not questions:
+        raise ConfigError(f"{path}: the data file is empty; expected a question in each {place}.")
     return questions
+
+
+def questions_of(config: RunConfig) -> tuple[list[Question], list[Question]]:
+    """The training and the validation questions of a run. Raises ConfigError also where there are too few of them."""
+    train, validation = load_questions(config.data.train), load_questions(config.data.validation)
+    if len(train) < config.trainer.groups_per_step:
+        raise ConfigError(
+            f"{config.data.train} has {len(train)} questions, fewer than trainer.groups_per_step = "
+            f"{config.trainer.groups_per_step}. Set that, and trainer.groups_per_update, to {len(train)} or less."
+        )
+    return train, validation[: config.validation.max_questions or None]
+
+
+def asked_in_both(train: Sequence[Question], validation: Sequence[Question]) -> int:
+    """How many validation questions are training questions too, word for word."""
+    trained = {_wording(question) for question in train}
+    return sum(_wording(question) in trained for question in validation)
 
 
 def question_text(question: Question) -> str:
@@ -64,20 +82,8 @@ def question_text(question: Question) -> str:
     return question.messages[-1]["content"]
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat up to where the completion begins. Thinking is off in every prompt of a run."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
-
-
-def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """What was written, special tokens left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _place(is_parquet: bool) -> str:
-    return "row" if is_parquet else "line"
+def _wording(question: Question) -> tuple[tuple[str, str], ...]:
+    return tuple((message["role"], message["content"]) for message in question.messages)
 
 
 def _lines(path: Path) -> Sequence[bytes | dict[str, Any]]:

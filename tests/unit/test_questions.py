@@ -3,12 +3,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from transformers import AutoTokenizer
 
 from retort.config import ConfigError
-from services.trainer.questions import Question, encode_prompt, load_questions, question_text
+from retort.questions import Question, asked_in_both, load_questions, question_text, questions_of
+from tests.training import a_config
 
-TINY = Path(__file__).parents[3] / "models" / "tiny"
 GOOD = '{"messages": [{"role": "user", "content": "Q?"}], "answer": "B", "data_source": "toy"}'
 
 
@@ -53,10 +52,9 @@ def test_the_index_counts_from_zero_in_file_order(tmp_path: Path) -> None:
     [
         ('{"prompt": P, "answer": "A"}', "JSON is malformed"),
         ('{"prompt": "P", "answer": ', "Input data was truncated"),
-        ("", "Input data was truncated"),
         ('["P", "A"]', "Expected `object`, got `array`"),
         ('{"prompt": "P"}', "missing required field `answer`"),
-        ('{"prompt": "P", "answer": 2}', "Expected `str`, got `int` - at `$.answer`"),
+        ('{"prompt": "P", "answer": 2}', "Expected `str`, got `int` - at `$.answer` Write it as text, in quotes."),
         ('{"prompt": "P", "answer": ""}', "`answer` is empty"),
         ('{"answer": "A"}', "neither `messages` nor `prompt`"),
         ('{"messages": [{"role": "user"}], "answer": "A"}', "keys ['role']"),
@@ -76,7 +74,7 @@ def test_a_missing_file_and_an_empty_file_are_configuration_errors(tmp_path: Pat
 
 
 def test_the_lines_that_the_documentation_shows_are_questions(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     lines = page.partition("```json\n")[2].partition("```")[0].splitlines()
     questions = load_questions(a_file(tmp_path, *lines))
     assert [(question.answer, question.data_source) for question in questions] == [
@@ -113,7 +111,7 @@ def test_what_is_wrong_in_a_parquet_file_is_named_by_row(tmp_path: Path) -> None
     path = a_parquet_file(tmp_path, prompt=["P", "P"], answer=["A", None])
     assert error_of(path) == f"{path}, row 2: Object missing required field `answer`"
     path = a_parquet_file(tmp_path, prompt=["P"], answer=[2])
-    assert error_of(path) == f"{path}, row 1: Expected `str`, got `int` - at `$.answer`"
+    assert error_of(path) == f"{path}, row 1: Expected `str`, got `int` - at `$.answer` Write it as text, in quotes."
 
 
 def test_a_parquet_file_without_rows_and_one_that_is_none_are_configuration_errors(tmp_path: Path) -> None:
@@ -124,10 +122,30 @@ def test_a_parquet_file_without_rows_and_one_that_is_none_are_configuration_erro
     assert "No such file" in error_of(tmp_path / "none.parquet")
 
 
-def test_a_prompt_ends_with_the_assistant_header_and_an_empty_think_block() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    ids = encode_prompt(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "Q?"}])
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+def test_blank_lines_are_no_questions_but_count_in_line_numbers(tmp_path: Path) -> None:
+    path = a_file(tmp_path, GOOD, "", GOOD, "   ")
+    assert [question.index for question in load_questions(path)] == [0, 1]
+    assert error_of(a_file(tmp_path, GOOD, "", "{")).startswith(f"{path}, line 3: ")
+
+
+def test_questions_asked_in_both_files_are_counted_by_their_wording(tmp_path: Path) -> None:
+    train = load_questions(a_file(tmp_path, '{"prompt": "P", "answer": "A"}', '{"prompt": "Q", "answer": "A"}'))
+    validation = load_questions(
+        a_file(
+            tmp_path,
+            '{"messages": [{"role": "user", "content": "Q"}], "answer": "B"}',
+            '{"system": "S", "prompt": "P", "answer": "A"}',
+        )
     )
+    assert asked_in_both(train, validation) == 1
+
+
+def test_a_run_validates_with_the_first_questions_if_it_says_so(tmp_path: Path) -> None:
+    file = str(a_file(tmp_path, GOOD, GOOD, GOOD))
+    config = a_config(
+        data={"train": file, "validation": file},
+        validation={"max_questions": 2},
+        trainer={"steps": 1, "groups_per_step": 3, "groups_per_update": 3},
+    )
+    train, validation = questions_of(config)
+    assert (len(train), len(validation)) == (3, 2)
