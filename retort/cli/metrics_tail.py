@@ -55,7 +55,8 @@ class MetricsTail:
 
 def is_validation(line: Metrics) -> bool:
     """Whether the line holds nothing but the validation of a step that has a line already."""
-    return line["step"] > 0 and "timing_s/step" not in line
+    measured = line.keys() - {"step", "time", "policy_version"}
+    return line["step"] > 0 and bool(measured) and all(name.startswith("val-") for name in measured)
 
 
 def accuracy(line: Metrics, samples: int) -> float | None:
