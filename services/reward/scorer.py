@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 from retort.telemetry import log_event
 from services.reward.admission import Admission
@@ -12,12 +15,14 @@ from services.reward.checkers import Checker, Reward, Unscorable, Verdict, is_en
 from services.reward.checkers.composite import Composite, Part
 from services.reward.isolation.pool import WorkerPool
 from services.reward.metrics import BATCH_SECONDS, CACHED, SECONDS, VERDICTS, WORKER_SECONDS
-from services.reward.scoring import Item, Scored, check_unseen, sound
+from services.reward.scoring import Item, Scored, check_run
 from services.reward.shadow import Shadow
 
 TIME_LIMIT = "time_limit_s"
 """Option that every checker in a worker process has: seconds, at most LONGEST_S."""
 LONGEST_S = 60.0
+IMMEDIATE_ITEMS, IMMEDIATE_CHARACTERS = 512, 2_000_000
+"""The largest batch that is scored in the event loop, which it holds up for about a millisecond."""
 
 
 class Scorer:
@@ -31,6 +36,8 @@ class Scorer:
         self._admission = admission
         self._shadow = shadow
         self._cache = VerdictCache()
+        self._in_workers = {name for name, checker in checkers.items() if not checker.quick}
+        self._immediate = {name for name, checker in checkers.items() if checker.quick and checker.immediate}
 
     async def score(self, items: Sequence[Item]) -> list[Scored]:
         """A verdict for every item, in their order. Raises FullError. Cancelling stops what has not finished."""
@@ -48,14 +55,12 @@ class Scorer:
             tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
             try:
                 if quick:
-                    # In a thread, so that a big batch holds up neither health checks nor other calls.
-                    ready = await asyncio.to_thread(self._score_quick, items, quick)
-                    self._record(items, ready)
-                    yield ready
-                for task in asyncio.as_completed(tasks):
-                    ready = [await task]
-                    self._record(items, ready)
-                    yield ready
+                    ready = await self._score_together([items[index] for index in quick] if slow else items)
+                    yield list(zip(quick, ready, strict=True))
+                for task in asyncio.as_completed(tasks) if tasks else ():
+                    index, result = await task
+                    self._record([items[index]], [result])
+                    yield [(index, result)]
             finally:
                 for unfinished in tasks:
                     unfinished.cancel()
@@ -68,39 +73,37 @@ class Scorer:
         other = Item(item.id, name, item.completion, item.answer, item.options)
         checker = self.checkers.get(name)
         if checker is None or (checker.quick and not isinstance(checker, Composite)):
-            return (await asyncio.to_thread(self._score_quick, [other], [0]))[0][1]
+            return (await asyncio.to_thread(self._score_quick, [other]))[0]
         return await self._score_slow(other)
 
     def _split(self, items: Sequence[Item]) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of the items that a thread scores, and of those that need more."""
-        in_workers = {name for name, checker in self.checkers.items() if not checker.quick}
-        slow = [index for index, item in enumerate(items) if item.checker in in_workers]
+        slow = [index for index, item in enumerate(items) if item.checker in self._in_workers]
         if not slow:
             return range(len(items)), slow
         return sorted(set(range(len(items))) - set(slow)), slow
 
-    def _score_quick(self, items: Sequence[Item], indices: Iterable[int]) -> list[tuple[int, Scored]]:
-        checkers, clock = self.checkers, time.perf_counter
-        scored = []
-        seen: dict[int, Verdict] = {}
-        before = clock()
-        for index in indices:
-            item = items[index]
-            checker = checkers.get(item.checker)
+    async def _score_together(self, items: Sequence[Item]) -> list[Scored]:
+        """Results of items for quick checkers, and for none that is known."""
+        characters = sum([len(item.completion) + len(item.answer) for item in items])
+        small = len(items) <= IMMEDIATE_ITEMS and characters <= IMMEDIATE_CHARACTERS
+        if small and {item.checker for item in items} <= self._immediate:
+            scored = self._score_quick(items)
+        else:
+            # In a thread, so that a big batch holds up neither health checks nor other calls.
+            scored = await asyncio.to_thread(self._score_quick, items)
+        self._record(items, scored)
+        return scored
+
+    def _score_quick(self, items: Iterable[Item]) -> list[Scored]:
+        scored: list[Scored] = []
+        for name, run in itertools.groupby(items, key=attrgetter("checker")):
+            checker = self.checkers.get(name)
             if checker is None:
-                reason = f"no checker {item.checker[:200]!r}; known: {', '.join(checkers)}"
-                scored.append((index, Scored(Unscorable(reason=reason), "", 0.0)))
-                continue
-            returned = check_unseen(checker, item.completion, item.answer, item.options)
-            verdict = seen.get(id(returned))
-            if verdict is None:
-                # By identity: checkers may give the same verdict many times, and it lives as long as `scored`.
-                verdict = sound(checker, returned)
-                if verdict is returned:
-                    seen[id(returned)] = verdict
-            now = clock()
-            scored.append((index, Scored(verdict, checker.label, now - before)))
-            before = now
+                reason = f"no checker {name[:200]!r}; known: {', '.join(self.checkers)}"
+                scored += [Scored(Unscorable(reason=reason), "", 0.0) for _ in run]
+            else:
+                scored += check_run(checker, list(run))
         return scored
 
     async def _indexed(self, index: int, item: Item) -> tuple[int, Scored]:
@@ -149,19 +152,21 @@ class Scorer:
         whole = Item(item.id, part.checker, item.completion, part.answer, part.options)
         return await self.score_with(whole, part.checker)
 
-    def _record(self, items: Sequence[Item], ready: Sequence[tuple[int, Scored]]) -> None:
+    def _record(self, items: Sequence[Item], scored: Sequence[Scored]) -> None:
+        different = {id(one): one for one in scored}
         counts: dict[tuple[str, str], tuple[int, float]] = {}
-        for index, scored in ready:
-            verdict = scored.verdict
-            outcome = ("correct" if verdict.correct else "wrong") if type(verdict) is Reward else "unscorable"
-            key = (scored.checker, outcome)
-            count, seconds = counts.get(key, (0, 0.0))
-            counts[key] = (count + 1, seconds + scored.seconds)
-            if self._shadow is not None and self._shadow.follows(items[index].checker):
-                self._shadow.offer(items[index], verdict)
+        for key, times in Counter(map(id, scored)).items():
+            one = different[key]
+            outcome = ("correct" if one.verdict.correct else "wrong") if type(one.verdict) is Reward else "unscorable"
+            count, seconds = counts.get((one.checker, outcome), (0, 0.0))
+            counts[one.checker, outcome] = (count + times, seconds + times * one.seconds)
         for (checker, outcome), (count, seconds) in counts.items():
             VERDICTS.labels(checker, outcome).inc(count)
             SECONDS.labels(checker).inc(seconds)
+        if self._shadow is not None:
+            for item, one in zip(items, scored, strict=True):
+                if self._shadow.follows(item.checker):
+                    self._shadow.offer(item, one.verdict)
 
 
 @contextlib.asynccontextmanager

@@ -1,16 +1,18 @@
 """Runs a checker on one item: whatever happens inside it, there is a verdict."""
 
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+
+import msgspec
 
 from services.reward.checkers import Checker, Reward, Unscorable, Verdict, defect
 
 MAX_ERROR_CHARACTERS = 500
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """What is to be scored. Both faces make their requests into these: a protobuf message copies a text each time
     that it is looked at."""
 
@@ -21,14 +23,14 @@ class Item(NamedTuple):
     options: Mapping[str, str] = MappingProxyType({})
 
 
-class Scored(NamedTuple):
+class Scored(msgspec.Struct, frozen=True, gc=False):
     """A verdict and who gave it."""
 
     verdict: Verdict
     checker: str
     """name@version; empty if there is no checker of that name."""
     seconds: float
-    """Time in the checker."""
+    """Time in the checker; for quick ones the mean over the items that were scored one after the other."""
 
 
 def check(checker: Checker, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
@@ -46,6 +48,17 @@ def check_unseen(checker: Checker, completion: str, answer: str, options: Mappin
     # The one border to code that others wrote: whatever it raises must cost this item only, not its batch.
     except Exception as error:  # noqa: BLE001
         return Unscorable(reason=f"{checker.name} raised {_describe(error)}")
+
+
+def check_run(checker: Checker, items: Sequence[Item]) -> list[Scored]:
+    """The results of items for one checker. Items that were given the same verdict share one result."""
+    before = time.perf_counter()
+    returned = [check_unseen(checker, item.completion, item.answer, item.options) for item in items]
+    seconds = (time.perf_counter() - before) / len(items)
+    # By identity, which holds as long as `returned` does: most verdicts of a batch are one of a few.
+    different = {id(one): one for one in returned}
+    scored = {key: Scored(sound(checker, one), checker.label, seconds) for key, one in different.items()}
+    return [scored[id(one)] for one in returned]
 
 
 def sound(checker: Checker, returned: object) -> Verdict:

@@ -1,8 +1,7 @@
 """The gRPC face of the reward service. Only this file of the service knows the protobuf types."""
 
 import asyncio
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -16,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from retort.config import ConfigError
 from retort.proto.reward.v1 import reward_pb2
 from services.reward.admission import FullError
-from services.reward.checkers import Unscorable, Verdict
+from services.reward.checkers import Unscorable
 from services.reward.requests import LONGEST_NAME, MAX_REQUEST_BYTES, malformed, too_large
 from services.reward.scorer import Scorer
 from services.reward.scoring import Item, Scored
@@ -28,10 +27,8 @@ MAX_STREAM_ITEMS = 4096
 MAX_STREAMED_REQUESTS = 64
 """Unanswered messages of one stream."""
 
-# Both responses have their results in field 1; id is field 1 of a result, seconds is field 5.
-RESULTS_TAG, ID_TAG, SECONDS_TAG = b"\x0a", b"\x0a", b"\x29"
-SMALL = [bytes([number]) for number in range(128)]
-_double = struct.Struct("<d").pack
+# Both responses have their results in field 1, and a result its id.
+RESULTS_TAG = ID_TAG = b"\x0a"
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -54,8 +51,7 @@ class RewardServicer:
             scored = await self._scorer.score(items)
         except FullError as error:
             await _refuse(error, context)
-        write = _Writer().write
-        return b"".join([write(item.id, one) for item, one in zip(items, scored, strict=True)])
+        return _written((item.id, one) for item, one in zip(items, scored, strict=True))
 
     async def list_checkers(
         self, request: reward_pb2.ListCheckersRequest, context: Context
@@ -128,8 +124,7 @@ class _Stream:
 
     async def _answer(self, items: Sequence[Item]) -> None:
         async for ready in self._scorer.score_as_ready(items):
-            write = _Writer().write
-            await self.responses.put(b"".join([write(items[index].id, scored) for index, scored in ready]))
+            await self.responses.put(_written((items[index].id, scored) for index, scored in ready))
             async with self._room:
                 self._ids.difference_update([items[index].id for index, _ in ready])
                 self._room.notify_all()
@@ -258,47 +253,48 @@ async def _refuse(error: FullError, context: Context) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-class _Writer:
-    """Serialises results faster than one message object for each would be.
+def _written(results: Iterable[tuple[str, Scored]]) -> bytes:
+    """A response with these results, serialised faster than from a message object for each.
 
-    Concatenated protobuf messages merge into one, so what results have in common is serialised once, and id and
-    seconds are appended. Verdicts are known by identity: checkers may give the same one many times. To be used for
-    verdicts that live as long as the writer.
+    Concatenated protobuf messages merge into one, so what results have in common is serialised once, and the id is
+    appended. Results are known by identity: items with the same verdict share one.
     """
-
-    def __init__(self) -> None:
-        self._common: dict[tuple[int, str], bytes] = {}
-
-    def write(self, item_id: str, scored: Scored) -> bytes:
-        """The field `results` of a response, with this one result."""
-        verdict, checker, seconds = scored
-        common = self._common.get((id(verdict), checker))
-        if common is None:
-            common = self._common[id(verdict), checker] = _result(verdict, checker).SerializeToString()
+    heads: dict[tuple[int, int], bytes] = {}
+    parts: list[bytes] = []
+    for item_id, scored in results:
         name = item_id.encode()
-        result = b"".join((ID_TAG, _varint(len(name)), name, SECONDS_TAG, _double(seconds), common))
-        return b"".join((RESULTS_TAG, _varint(len(result)), result))
+        key = (id(scored), len(name))
+        head = heads.get(key)
+        if head is None:
+            head = heads[key] = _head(scored, len(name))
+        parts += (head, name)
+    return b"".join(parts)
 
 
-def _result(verdict: Verdict, checker: str) -> reward_pb2.Result:
+def _head(scored: Scored, name_bytes: int) -> bytes:
+    """The field `results` with one result, up to its id, which has so many bytes."""
+    common: bytes = _result(scored).SerializeToString() + ID_TAG + _varint(name_bytes)
+    return RESULTS_TAG + _varint(len(common) + name_bytes) + common
+
+
+def _result(scored: Scored) -> reward_pb2.Result:
+    """The result without its id."""
+    verdict = scored.verdict
     if isinstance(verdict, Unscorable):
-        return reward_pb2.Result(unscorable=reward_pb2.Unscorable(reason=verdict.reason), checker=checker)
-    return reward_pb2.Result(
-        reward=reward_pb2.Reward(
-            value=verdict.value,
-            correct=verdict.correct,
-            parsed=verdict.parsed,
-            format_ok=verdict.format_ok,
-            rule=verdict.rule,
-            explanation=verdict.explanation,
-        ),
-        checker=checker,
+        unscorable = reward_pb2.Unscorable(reason=verdict.reason)
+        return reward_pb2.Result(unscorable=unscorable, checker=scored.checker, seconds=scored.seconds)
+    reward = reward_pb2.Reward(
+        value=verdict.value,
+        correct=verdict.correct,
+        parsed=verdict.parsed,
+        format_ok=verdict.format_ok,
+        rule=verdict.rule,
+        explanation=verdict.explanation,
     )
+    return reward_pb2.Result(reward=reward, checker=scored.checker, seconds=scored.seconds)
 
 
 def _varint(number: int) -> bytes:
-    if number < 128:
-        return SMALL[number]
     written = bytearray()
     while number >= 128:
         written.append(number & 127 | 128)

@@ -110,6 +110,9 @@ class Checker(ABC):
     examples: ClassVar[Sequence[Example]] = ()
     quick: ClassVar[bool] = False
     """Whether its time is linear in its input, whatever that is. Then it runs in a thread of the service."""
+    immediate: ClassVar[bool] = False
+    """Whether it is quick and only finds and compares texts, and waits for nothing. Then a small batch is scored in
+    the event loop: its way to a thread and back would take longer than its verdicts."""
     deterministic: ClassVar[bool] = False
     """Whether equal items always have equal verdicts, so that one may be remembered."""
     limits: ClassVar[Limits] = Limits()

@@ -16,6 +16,7 @@ class ExactMatch(Checker):
     options: ClassVar[Mapping[str, str]] = {"ignore_case": "true or false (the default)"}
     examples = (Example(" NaCl\n", "NaCl", 1.0), Example("nacl", "NaCl", 1.0, {"ignore_case": "true"}))
     quick: ClassVar[bool] = True
+    immediate: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
 
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:

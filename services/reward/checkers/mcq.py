@@ -10,6 +10,8 @@ from services.reward.checkers import Checker, Example, Reward, Unscorable, Verdi
 # What follows the last opening tag of a well-formed completion. `$` also matches before one final newline, and the
 # reference run counted such a completion as well-formed.
 STRICT_FORMAT = re.compile(r"\s*[A-D]\s*</answer>$")
+SHORT = 20
+"""Characters after the last tag and of the answer together, for a verdict that is remembered."""
 
 
 class MultipleChoice(Checker):
@@ -29,28 +31,28 @@ class MultipleChoice(Checker):
         Example("Two protons. <answer>(B)</answer>", "B", 0.0),
     )
     quick: ClassVar[bool] = True
+    immediate: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
 
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
         if not answer:
             return Unscorable(reason="answer is empty; mcq needs the right option's letter, for example B")
         _, tag, after = completion.rpartition("<answer>")
-        parsed = after.partition("</answer>")[0].strip()
-        format_ok = bool(tag) and STRICT_FORMAT.match(after) is not None
-        return (_remembered if len(parsed) == len(answer) == 1 else _verdict)(parsed, answer, bool(tag), format_ok)
+        return (_remembered if len(after) + len(answer) <= SHORT else _verdict)(after, answer, bool(tag))
 
 
-def _verdict(parsed: str, answer: str, in_tag: bool, format_ok: bool) -> Reward:
+def _verdict(after: str, answer: str, in_tag: bool) -> Reward:
+    parsed = after.partition("</answer>")[0].strip()
     correct = parsed == answer
     return Reward(
         value=1.0 if correct else 0.0,
         correct=correct,
         parsed=parsed,
-        format_ok=format_ok,
+        format_ok=in_tag and STRICT_FORMAT.match(after) is not None,
         rule="last_answer_tag" if in_tag else "whole_text",
         explanation=f"read {quoted(parsed)}, the answer is {quoted(answer)}",
     )
 
 
-# Letters against letters are nearly all there is.
+# A tag with a letter is nearly all there is.
 _remembered = lru_cache(maxsize=512)(_verdict)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from retort.proto.reward.v1 import reward_pb2
 from services.reward.checkers import Reward, Unscorable
 from services.reward.scoring import Scored
-from services.reward.server import _decoder, _Writer
+from services.reward.server import _decoder, _written
 
 TEXT = st.text(max_size=300)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -18,12 +18,12 @@ SCORED = st.builds(Scored, REWARDS | st.builds(Unscorable, reason=TEXT), TEXT, s
 
 @given(st.lists(st.tuples(TEXT, SCORED), max_size=5))
 def test_what_is_written_is_read_as_the_same_results(pairs: list[tuple[str, Scored]]) -> None:
-    write = _Writer().write
     # Twice each, so that what the writer remembers is used.
-    response = reward_pb2.ScoreResponse.FromString(b"".join(write(*pair) for pair in [*pairs, *pairs]))
+    response = reward_pb2.ScoreResponse.FromString(_written([*pairs, *pairs]))
     assert len(response.results) == 2 * len(pairs)
-    for result, (item_id, (verdict, checker, seconds)) in zip(response.results, [*pairs, *pairs], strict=True):
-        assert (result.id, result.checker, result.seconds) == (item_id, checker, seconds)
+    for result, (item_id, scored) in zip(response.results, [*pairs, *pairs], strict=True):
+        verdict = scored.verdict
+        assert (result.id, result.checker, result.seconds) == (item_id, scored.checker, scored.seconds)
         if isinstance(verdict, Reward):
             reward = result.reward
             assert (reward.value, reward.correct, reward.parsed) == (verdict.value, verdict.correct, verdict.parsed)
