@@ -5,6 +5,7 @@ Everything runs on this machine, so that clients and servers share its cores; ra
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -48,17 +51,13 @@ def batch(dice: random.Random) -> list[pb.Item]:
 async def echo(port_file: str) -> None:
     """The limit of the transport: the same library and messages, and no work.
 
-    `Prepared` sends one response that was made before; `Built` makes one result message for each item, as a
-    server in Python has to.
+    `Returned` decodes the request and sends it back, which is what an echo is. `Built` answers as the service does,
+    with one result message made for each item. `Prepared` sends one response that was made before, for all requests.
     """
-    checker = MultipleChoice()
+    verdict = MultipleChoice().check("<answer>B</answer>", "B", {})
+    assert isinstance(verdict, Reward)
 
-    def result(item: pb.Item) -> pb.Result:
-        verdict = checker.check(item.completion, item.answer, {})
-        assert isinstance(verdict, Reward)
-        return built(item, verdict)
-
-    def built(item: pb.Item, verdict: Reward) -> pb.Result:
+    def built(item: pb.Item) -> pb.Result:
         reward = pb.Reward(
             value=verdict.value,
             correct=verdict.correct,
@@ -69,22 +68,25 @@ async def echo(port_file: str) -> None:
         )
         return pb.Result(id=item.id, reward=reward, checker="mcq@1", seconds=1e-6)
 
-    prepared = pb.ScoreResponse(results=[result(item) for item in batch(random.Random(0))])
-    verdict = checker.check("<answer>B</answer>", "B", {})
-    assert isinstance(verdict, Reward)
+    prepared = pb.ScoreResponse(results=[built(item) for item in batch(random.Random(0))])
+
+    async def send_returned(request: pb.ScoreRequest, context: object) -> pb.ScoreRequest:
+        return request
+
+    async def send_built(request: pb.ScoreRequest, context: object) -> pb.ScoreResponse:
+        return pb.ScoreResponse(results=[built(item) for item in request.items])
 
     async def send_prepared(request: pb.ScoreRequest, context: object) -> pb.ScoreResponse:
         return prepared
 
-    async def send_built(request: pb.ScoreRequest, context: object) -> pb.ScoreResponse:
-        return pb.ScoreResponse(results=[built(item, verdict) for item in request.items])
-
     server = grpc.aio.server()
     methods = {
-        name: grpc.unary_unary_rpc_method_handler(
-            method, pb.ScoreRequest.FromString, pb.ScoreResponse.SerializeToString
+        name: grpc.unary_unary_rpc_method_handler(method, pb.ScoreRequest.FromString, response.SerializeToString)
+        for name, method, response in (
+            ("Returned", send_returned, pb.ScoreRequest),
+            ("Built", send_built, pb.ScoreResponse),
+            ("Prepared", send_prepared, pb.ScoreResponse),
         )
-        for name, method in (("Prepared", send_prepared), ("Built", send_built))
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -134,17 +136,19 @@ async def saturate(
 
 
 async def paced(call: Callable[[int], Awaitable[object]], per_s: float, seconds: float) -> list[float]:
-    """Call at a fixed rate, however long answers take; seconds from the planned start to each answer."""
+    """Call at random moments, so often on average and however long answers take; seconds from each planned start."""
+    dice = random.Random(3)
+    moments = list(itertools.accumulate(dice.expovariate(per_s) for _ in range(int(per_s * seconds))))
     taken: list[float] = []
     first = time.perf_counter()
 
-    async def one(number: int) -> None:
-        planned = first + number / per_s
+    async def one(number: int, moment: float) -> None:
+        planned = first + moment
         await asyncio.sleep(max(0.0, planned - time.perf_counter()))
         await call(number)
         taken.append(time.perf_counter() - planned)
 
-    await asyncio.gather(*(one(number) for number in range(int(per_s * seconds))))
+    await asyncio.gather(*(one(number, moment) for number, moment in enumerate(moments)))
     return taken
 
 
@@ -167,33 +171,55 @@ async def measure_mcq(seconds: float) -> dict[str, object]:
         ):
             service_pid = service.process.pid
             score = scored.unary_unary("/reward.v1.RewardService/Score")
-            calls = {
-                "echo_prepared": (echo_pid, echoed.unary_unary("/Echo/Prepared")),
-                "echo_built": (echo_pid, echoed.unary_unary("/Echo/Built")),
-                "batches": (service_pid, score),
+            calls: dict[str, tuple[int, Callable[[int], Awaitable[object]]]] = {
+                name: (echo_pid, partial(_call, echoed.unary_unary(f"/Echo/{name}"), bodies))
+                for name in ("Returned", "Built", "Prepared")
             }
+            calls["batches"] = (service_pid, partial(_call, score, bodies))
+            calls["http"] = (service_pid, lambda n: http.post("/v1/score", content=json_bodies[n], headers=JSON))
             rounds: dict[str, list[dict[str, float]]] = {}
-            for _ in range(4):
+            for _ in range(ROUNDS):
                 for name, (pid, call) in calls.items():
-                    measured = await saturate(lambda n, call=call: call(bodies[n]), seconds / 4, pid)
-                    rounds.setdefault(name, []).append(measured)
-                rounds.setdefault("stream", []).append(await _stream(scored, requests, seconds / 4, service_pid))
-            for _ in range(2):
-                measured = await saturate(
-                    lambda n: http.post("/v1/score", content=json_bodies[n], headers=JSON), seconds / 4, service_pid
-                )
-                rounds.setdefault("http", []).append(measured)
+                    rounds.setdefault(name, []).append(await saturate(call, seconds / ROUNDS, pid))
+                streamed = await _stream(scored, requests, seconds / ROUNDS, service_pid)
+                rounds.setdefault("stream", []).append(streamed)
+                rounds.setdefault("plain_loop", []).append({"per_s": _plain_loop(requests[0])})
             figures: dict[str, object] = {
                 name: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
                 for name, measured in rounds.items()
             }
+            figures["ratios"] = _ratios(rounds)
             half = statistics.median(one["per_s"] for one in rounds["batches"]) / 2
             figures["batches_at_half_load"] = percentiles(await paced(lambda n: score(bodies[n % 4]), half, seconds))
-    figures["plain_loop"] = {"per_s": _plain_loop(requests[0])}
     return figures
 
 
+async def _call(method: Callable[[bytes], Awaitable[object]], bodies: list[bytes], number: int) -> object:
+    return await method(bodies[number])
+
+
+def _ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of the rates of one round, in which each had the same neighbours: the median of all rounds, and the extremes."""
+    ratios: dict[str, dict[str, float]] = {}
+    for name, other in RATIOS:
+        sides = zip(rounds[name], rounds[other], strict=True)
+        quotients = [one["per_s"] / beside["per_s"] for one, beside in sides]
+        ratios[f"{name} / {other}"] = {
+            "median": statistics.median(quotients), "lowest": min(quotients), "highest": max(quotients),
+        }  # fmt: skip
+    return ratios
+
+
 JSON = {"Content-Type": "application/json"}
+ROUNDS = 8
+RATIOS = (
+    ("batches", "Returned"),
+    ("batches", "Built"),
+    ("batches", "Prepared"),
+    ("stream", "batches"),
+    ("http", "batches"),
+    ("batches", "plain_loop"),
+)
 
 
 def _as_json(request: pb.ScoreRequest) -> bytes:
@@ -266,8 +292,10 @@ async def measure_workers(seconds: float) -> dict[str, object]:
                     await client.score([items[next(position)]])
 
                 rate = (await saturate(score, seconds, service.process.pid, lanes=4))["per_s"]
-                alone = await paced(score, rate / 4, 2 * seconds)
-                among = await _among_hostile(client, score, hostile[name], rate / 4, 2 * seconds)
+                alone, among = [], []
+                for _ in range(ROUNDS):
+                    alone += await paced(score, rate / 4, seconds)
+                    among += await _among_hostile(client, score, hostile[name], rate / 4, seconds)
                 figures[name] = {
                     "per_s": rate,
                     "in_process_per_s": _in_process(name, items[-200:]),
@@ -284,7 +312,7 @@ async def _among_hostile(
 
     async def bad(number: int) -> None:
         # Not one that is remembered.
-        await client.score([Item(hostile.checker, f"{hostile.completion} # {number}", hostile.answer, hostile.options)])
+        await client.score([replace(hostile, completion=f"{hostile.completion} # {time.perf_counter()}")])
 
     attack = asyncio.create_task(paced(bad, per_s / 9, seconds))
     taken = await paced(score, per_s, seconds)
@@ -322,18 +350,8 @@ async def measure(seconds: float) -> dict[str, object]:
     load = os.getloadavg()[0]
     figures: dict[str, object] = {"load_before": load, "cores": os.cpu_count()}
     figures["start"] = await measure_start()
-    figures["mcq"] = mcq = await measure_mcq(seconds)
+    figures["mcq"] = await measure_mcq(seconds)
     figures["workers"] = await measure_workers(seconds)
-    figures["ratios"] = {
-        f"{name} / {other}": mcq[name]["per_s"] / mcq[other]["per_s"]  # type: ignore[index]
-        for name, other in (
-            ("batches", "echo_prepared"),
-            ("batches", "echo_built"),
-            ("stream", "batches"),
-            ("http", "batches"),
-            ("batches", "plain_loop"),
-        )
-    }
     return figures
 
 

@@ -21,6 +21,11 @@ from services.reward.metrics import KILLS, WAITING
 
 SHORT_S = 0.1
 """An item that runs longer moves to the slow lane."""
+QUICK_PER_CORE = 4
+"""Items of a core that may run and are not known to be slow. Several, so that a few that run for ever do not keep
+all others waiting until they are known."""
+IDLE_PER_CORE = 2
+"""Idle workers of each checker that are kept for the next items."""
 SLOW_LANE = 32
 """Items that may be in the slow lane."""
 SLOW_NICENESS = 19
@@ -75,13 +80,13 @@ class Worker:
 
 
 class Lanes:
-    """Which items run now: as many as there are cores, and beside them up to SLOW_LANE that take long.
+    """Which items run now: QUICK_PER_CORE for each core, and beside them up to SLOW_LANE that take long.
 
     So a few items that run to their time limit delay no others.
     """
 
     def __init__(self, cores: int) -> None:
-        self._quick = asyncio.Semaphore(cores)
+        self._quick = asyncio.Semaphore(QUICK_PER_CORE * cores)
         self._slow = asyncio.Semaphore(SLOW_LANE)
 
     @contextlib.asynccontextmanager
@@ -177,7 +182,7 @@ class WorkerPool:
             return asking.result()
         finally:
             asking.cancel()
-            if reusable and len(self._idle[checker.name]) < self._cores:
+            if reusable and len(self._idle[checker.name]) < IDLE_PER_CORE * self._cores:
                 self._idle[checker.name].append(worker)
             else:
                 worker.kill()
