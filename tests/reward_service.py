@@ -108,3 +108,19 @@ def install_user_checkers(folder: Path) -> str:
         "does = user_checkers:Does\n"
     )
     return str(folder)
+
+
+def children(pid: int) -> list[int]:
+    """Processes below this one, at any depth."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(stat.parent.name)] = int(fields[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(below - {pid})

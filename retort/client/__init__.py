@@ -6,8 +6,8 @@
         (result,) = client.score([Item(checker="mcq", completion="<answer>B</answer>", answer="B")])
     assert result.reward == 1.0
 
-`AsyncRewardClient` has the same methods as coroutines, and `stream`. `retort.client.adapters` has the functions
-that other trainers call.
+`AsyncRewardClient` has the same methods as coroutines, and its `stream` also takes items as they come.
+`retort.client.adapters` has the functions that other trainers call.
 """
 
 from retort.client.calls import AsyncRewardClient, RewardClient

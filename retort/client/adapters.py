@@ -1,16 +1,19 @@
 """What other trainers call, in the shape in which each calls it. An item without a reward raises UnscorableError,
-unless the trainer has a value for "no reward"."""
+unless the trainer has a value for "no reward" or would make a 0 of whatever is raised."""
 
+import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from retort.client.calls import AsyncRewardClient, RewardClient
-from retort.client.messages import Item
+from retort.client.messages import Item, RewardServiceError, UnscorableError
 
 ADDRESS = "RETORT_REWARD_SERVICE"
 """Environment variable with the address that `compute_score` calls, for example 127.0.0.1:50051."""
+_logger = logging.getLogger(__name__)
 
 
 def trl_reward(client: RewardClient, checker: str, answer_column: str = "answer") -> Callable[..., list[float | None]]:
@@ -42,8 +45,10 @@ def compute_score(
     address: str = "",
     **ignored: Any,
 ) -> dict[str, Any]:
-    """For verl: `custom_reward_function.path=.../retort/client/adapters.py`, `.name=compute_score`,
-    `+custom_reward_function.reward_kwargs.checker=math`. Raises UnscorableError: verl has no value for "no reward".
+    """For verl: `reward.custom_reward_function.path=.../retort/client/adapters.py`, `.name=compute_score`,
+    `+reward.custom_reward_function.reward_kwargs.checker=math`.
+
+    Raises UnscorableError: verl has no value for "no reward".
     """
     client = _client(address or os.environ[ADDRESS])
     (result,) = client.score([Item(checker, solution_str, str(ground_truth))])
@@ -56,11 +61,18 @@ def compute_score(
 
 
 def verifiers_reward(client: AsyncRewardClient, checker: str) -> Callable[..., Any]:
-    """A function for the `funcs` of a verifiers Rubric, which calls it with `completion`, `answer` and more."""
+    """A function for the `funcs` of a verifiers Rubric, which calls it with `completion`, `answer` and more.
+
+    A completion without a reward has NaN: a Rubric logs whatever is raised and goes on with 0.
+    """
 
     async def reward(completion: Any, answer: Any, **ignored: Any) -> float:
-        (result,) = await client.score([Item(checker, _text(completion), str(answer))])
-        return result.value()
+        try:
+            (result,) = await client.score([Item(checker, _text(completion), str(answer))])
+            return result.value()
+        except (RewardServiceError, UnscorableError) as error:
+            _logger.error("no reward for a completion: %s", error)
+            return math.nan
 
     reward.__name__ = f"retort_{checker}"
     return reward

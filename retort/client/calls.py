@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,11 +31,20 @@ OPTIONS = (
 class RewardClient:
     """One connection to a reward service. Threads may share it."""
 
-    def __init__(self, address: str, *, timeout_s: float = 60.0, token: str = "", ca_file: Path | str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 60.0,
+        token: str = "",
+        ca_file: Path | str = "",
+        client_files: tuple[Path | str, Path | str] | None = None,
+    ) -> None:
         """`timeout_s` bounds a call with all its repetitions. `ca_file` (PEM) turns TLS on; "system" uses the
-        authorities that gRPC ships with."""
+        authorities that gRPC ships with. `client_files`: certificate and key (PEM), for a service that asks for them.
+        """
         self._address, self._timeout_s, self._metadata = address, timeout_s, _metadata(token)
-        credentials = _credentials(ca_file)
+        credentials = _credentials(ca_file, client_files)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options=OPTIONS)
         else:
@@ -56,6 +65,20 @@ class RewardClient:
                 continue
             return from_results(response.results)
 
+    def stream(self, items: Sequence[Item]) -> Iterator[Result]:
+        """Results as they are ready, in any order; an item without an id has its position as its id.
+
+        Never repeated, since results may have been given out already. Raises RewardServiceError.
+        """
+        call = self._service.ScoreStream(_messages(items), wait_for_ready=True, metadata=self._metadata)
+        try:
+            for response in call:
+                yield from from_results(response.results)
+        except grpc.RpcError as error:
+            raise RewardServiceError(f"reward service at {self._address}: {_describe(error)}") from error
+        finally:
+            call.cancel()
+
     def close(self) -> None:
         self._channel.close()
 
@@ -71,9 +94,17 @@ class RewardClient:
 class AsyncRewardClient:
     """The same for coroutines. To be created where the event loop runs."""
 
-    def __init__(self, address: str, *, timeout_s: float = 60.0, token: str = "", ca_file: Path | str = "") -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 60.0,
+        token: str = "",
+        ca_file: Path | str = "",
+        client_files: tuple[Path | str, Path | str] | None = None,
+    ) -> None:
         self._address, self._timeout_s, self._metadata = address, timeout_s, _metadata(token)
-        credentials = _credentials(ca_file)
+        credentials = _credentials(ca_file, client_files)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         else:
@@ -147,10 +178,15 @@ class _Attempts:
         return pause_s
 
 
+def _messages(items: Sequence[Item]) -> Iterator[object]:
+    for first in range(0, len(items), STREAM_BATCH):
+        yield to_stream_request(items[first : first + STREAM_BATCH], first)
+
+
 async def _in_batches(items: AsyncIterable[Item] | Sequence[Item]) -> AsyncIterator[object]:
     if isinstance(items, Sequence):
-        for first in range(0, len(items), STREAM_BATCH):
-            yield to_stream_request(items[first : first + STREAM_BATCH], first)
+        for message in _messages(items):
+            yield message
         return
     position = 0
     # One by one: whoever makes items one by one wants their results as soon as they can be had.
@@ -174,7 +210,13 @@ def _metadata(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 
-def _credentials(ca_file: Path | str) -> grpc.ChannelCredentials | None:
+def _credentials(
+    ca_file: Path | str, client_files: tuple[Path | str, Path | str] | None
+) -> grpc.ChannelCredentials | None:
     if not ca_file:
         return None
-    return grpc.ssl_channel_credentials(None if ca_file == "system" else Path(ca_file).read_bytes())
+    authority = None if ca_file == "system" else Path(ca_file).read_bytes()
+    if client_files is None:
+        return grpc.ssl_channel_credentials(authority)
+    certificate, key = (Path(file).read_bytes() for file in client_files)
+    return grpc.ssl_channel_credentials(authority, key, certificate)

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from services.reward.checkers import Checker, Reward, is_encodable
+from services.reward.requests import LONGEST_NAME, MAX_ENTRIES, MAX_ITEMS
 from services.reward.scoring import Scored
 
 EXAMPLE_ITEM: JsonDict = {"id": "1", "checker": "mcq", "completion": "Two protons. <answer>B</answer>", "answer": "B"}
@@ -35,6 +36,9 @@ def _encodable(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_encodable)]
+# For readers of the API page alone: `requests` refuses what is longer, in the words that both faces have.
+NAME_LENGTH: JsonDict = {"minLength": 1, "maxLength": LONGEST_NAME}
+FEW_ENTRIES: JsonDict = {"maxProperties": MAX_ENTRIES}
 
 
 class _Message(BaseModel):
@@ -44,17 +48,17 @@ class _Message(BaseModel):
 class ItemBody(_Message):
     """One completion to be scored."""
 
-    id: Name
+    id: Name = Field(json_schema_extra=NAME_LENGTH)
     """Comes back in the result; unique within a request."""
-    checker: Name
+    checker: Name = Field(json_schema_extra={"maxLength": LONGEST_NAME})
     """Name of the checker; GET /v1/checkers lists them."""
     completion: str
     """What the model wrote, without special tokens."""
     answer: str = ""
     """The reference that the checker compares with."""
-    metadata: dict[Name, Name] = Field(default_factory=dict)
+    metadata: dict[Name, Name] = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
     """For logs and for the caller; checkers never see it."""
-    options: dict[Name, Name] = Field(default_factory=dict)
+    options: dict[Name, Name] = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
     """Settings of the checker for this item."""
 
 
@@ -63,7 +67,7 @@ class ScoreBody(_Message):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_REQUEST]})
 
-    items: list[ItemBody]
+    items: list[ItemBody] = Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ITEMS})
 
 
 class UnscorableBody(_Message):

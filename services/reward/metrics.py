@@ -16,7 +16,7 @@ BATCH_SECONDS = Histogram(
     buckets=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
 )
 IN_FLIGHT = Gauge("reward_items_in_flight", "Items that have arrived and have no verdict yet.")
-WAITING = Gauge("reward_items_waiting", "Items that wait for a worker process.")
+WAITING = Gauge("reward_items_waiting", "Items that wait for a worker process.", ["checker"])
 REFUSED = Counter("reward_requests_refused", "Requests refused because the service was full.")
 KILLS = Counter("reward_worker_kills", "Worker processes that were stopped or died.", ["checker", "reason"])
 CACHED = Counter("reward_verdicts_cached", "Verdicts that were remembered.", ["checker"])

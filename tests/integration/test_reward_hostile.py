@@ -16,7 +16,7 @@ import pytest
 
 from retort.client import AsyncRewardClient, Item, Result, RewardClient, RewardServiceError
 from retort.proto.reward.v1 import reward_pb2, reward_pb2_grpc
-from tests.reward_service import Service, install_user_checkers, reward_service
+from tests.reward_service import Service, children, install_user_checkers, reward_service
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,22 +43,6 @@ def the_next_request_is_served(service: Service) -> Iterator[None]:
     with RewardClient(service.address, timeout_s=20) as late:
         assert [result.reward for result in late.score([GOOD])] == [1.0]
     assert service.process.poll() is None
-
-
-def children(pid: int) -> list[int]:
-    """Processes below this one, at any depth."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            parents[int(stat.parent.name)] = int(fields[1])
-    below = {pid}
-    while more := {child for child, parent in parents.items() if parent in below} - below:
-        below |= more
-    return sorted(below - {pid})
 
 
 def python(source: str) -> Item:
@@ -221,34 +205,6 @@ def test_a_client_that_stops_reading_holds_up_nobody(service: Service) -> None:
     asyncio.run(run())
 
 
-def test_random_and_half_messages_on_the_grpc_port_end_nothing(service: Service) -> None:
-    dice = random.Random(0)
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-    for number in range(300):
-        with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
-            noise = dice.randbytes(dice.randrange(1, 2000))
-            connection.sendall(preface + noise if number % 2 else noise)
-
-
-def test_random_bytes_as_a_message_are_an_invalid_argument_and_never_internal(service: Service) -> None:
-    dice = random.Random(0)
-    codes = set()
-    whole = reward_pb2.ScoreRequest(items=[reward_pb2.Item(id="1", checker="mcq", completion="B", answer="B")])
-    with grpc.insecure_channel(service.address) as channel:
-        score = channel.unary_unary("/reward.v1.RewardService/Score")
-        for number in range(2000):
-            body = bytearray(whole.SerializeToString() if number % 2 else dice.randbytes(dice.randrange(60)))
-            for _ in range(dice.randrange(4)):
-                if body:
-                    body[dice.randrange(len(body))] = dice.randrange(256)
-            try:
-                reward_pb2.ScoreResponse.FromString(score(bytes(body), timeout=10))
-                codes.add(grpc.StatusCode.OK)
-            except grpc.RpcError as error:
-                codes.add(error.code())
-    assert codes == {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
-
-
 def test_half_a_body_over_http_holds_up_nobody(service: Service) -> None:
     host, port = service.http.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -273,6 +229,22 @@ def test_a_thousand_connections_at_a_time(service: Service) -> None:
     lines = asyncio.run(run())
     assert set(lines) <= {b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 429 Too Many Requests\r\n"}
     assert lines.count(b"HTTP/1.1 200 OK\r\n") > 900
+
+
+def test_a_thousand_grpc_connections_at_a_time(service: Service) -> None:
+    async def run() -> list[reward_pb2.ScoreResponse]:
+        request = reward_pb2.ScoreRequest(items=[reward_pb2.Item(id="1", checker="mcq", completion="B", answer="B")])
+        # Connections of their own: channels with the same address share one otherwise.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(service.address, options=options) for _ in range(1000)]
+        try:
+            calls = [reward_pb2_grpc.RewardServiceStub(one).Score(request, timeout=100) for one in channels]
+            return await asyncio.gather(*calls)
+        finally:
+            await asyncio.gather(*(one.close() for one in channels))
+
+    responses = asyncio.run(run())
+    assert [response.results[0].reward.value for response in responses] == [1.0] * 1000
 
 
 def test_nothing_is_left_over(service: Service) -> None:

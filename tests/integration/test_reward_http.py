@@ -107,7 +107,9 @@ def test_an_equal_item_for_a_worker_is_remembered(http: httpx.Client) -> None:
     items = {"items": [item(checker="math", completion="$77$", answer="77")]}
     first, second = (http.post("/v1/score", json=items).json()["results"][0] for _ in range(2))
     assert (first["reward"], second["reward"]) == (1.0, 1.0)
-    assert 'reward_verdicts_cached_total{checker="math"} 1.0' in http.get("/metrics").text
+    metrics = http.get("/metrics").text
+    assert 'reward_verdicts_cached_total{checker="math"} 1.0' in metrics
+    assert 'reward_items_waiting{checker="math"} 0.0' in metrics
 
 
 def test_probes_metrics_and_the_api_page(http: httpx.Client) -> None:

@@ -108,9 +108,8 @@ def test_mutual_tls_takes_only_clients_with_a_certificate(certificate: tuple[Pat
             pytest.raises(RewardServiceError),
         ):
             client.score([GOOD])
-        credentials = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
-        with grpc.secure_channel(service.address, credentials) as channel:
-            grpc.channel_ready_future(channel).result(timeout=10)
+        with RewardClient(service.address, ca_file=cert, client_files=(cert, key)) as client:
+            assert client.score([GOOD])[0].reward == 1.0
 
 
 @pytest.mark.parametrize(

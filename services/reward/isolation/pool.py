@@ -90,12 +90,13 @@ class Lanes:
         self._slow = asyncio.Semaphore(SLOW_LANE)
 
     @contextlib.asynccontextmanager
-    async def enter(self) -> AsyncIterator["Place"]:
-        WAITING.inc()
+    async def enter(self, checker: str) -> AsyncIterator["Place"]:
+        waiting = WAITING.labels(checker)
+        waiting.inc()
         try:
             await self._quick.acquire()
         finally:
-            WAITING.dec()
+            waiting.dec()
         place = Place(self._quick)
         try:
             yield place
@@ -140,7 +141,7 @@ class WorkerPool:
         if problem := can_confine():
             return Unscorable(reason=f"{checker.name} cannot run here: {problem}")
         question = Question(completion, answer, dict(options), seconds)
-        async with self._lanes.enter() as place:
+        async with self._lanes.enter(checker.name) as place:
             try:
                 return await self._run(checker, question, place)
             except WorkerDiedError:

@@ -7,19 +7,11 @@ from hypothesis import strategies as st
 from services.reward.checkers import Checker, Example, Reward, Unscorable, defect
 from services.reward.discovery import load_checkers
 from services.reward.scoring import check
+from tests.hostile_texts import TEXT
 
 CHECKERS = load_checkers([])
 EXAMPLES = [(checker, example) for checker in CHECKERS.values() for example in checker.examples]
 IN_PROCESS = [checker for checker in CHECKERS.values() if checker.quick or checker.name == "json_schema"]
-
-HOSTILE = st.sampled_from(
-    [
-        "", "\x00", "\ud800", "é", "١", "NaN", "-inf", "1e999", "9" * 5000, "(a+)+$", "[" * 5000, "{" * 5000, "\\", "$",
-        "<answer>", "</answer>", "\\boxed{", "}", "```", "```json\n", '{"a": NaN}', '{"$ref": "http://x.invalid/"}',
-        "1,000", "km/h", "m^999", "answer is ", "A", "B", "(", ")", "*" * 50, "\u202e", "null", "true", "[]", "{}",
-    ]
-)  # fmt: skip
-TEXT = st.one_of(st.text(st.characters(codec=None), max_size=60), st.lists(HOSTILE, max_size=6).map("".join))
 
 
 @pytest.mark.parametrize(("checker", "example"), EXAMPLES, ids=[f"{c.name}-{c.examples.index(e)}" for c, e in EXAMPLES])
