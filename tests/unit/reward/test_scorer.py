@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import threading
+from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 
 from services.reward.admission import Admission
-from services.reward.checkers import Reward, Unscorable
+from services.reward.checkers import Checker, Reward, Unscorable, Verdict
 from services.reward.discovery import load_checkers
 from services.reward.isolation.pool import WorkerPool
-from services.reward.scorer import Scorer
+from services.reward.scorer import IMMEDIATE_ITEMS, Scorer
 from services.reward.scoring import Item, Scored
 
 
@@ -43,3 +46,39 @@ def test_a_text_that_no_worker_could_read_is_unscorable() -> None:
     assert long.verdict.reason == "completion has 2097152 characters; math takes 1048576"
     assert isinstance(broken.verdict, Unscorable)
     assert broken.verdict.reason.startswith("completion has a lone surrogate")
+
+
+class Where(Checker):
+    """Says in which thread it was called."""
+
+    name, version, description, quick = "where", "1", "", True
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        where = "loop" if threading.current_thread() is threading.main_thread() else "thread"
+        return Reward(value=1.0, correct=True, parsed=where, format_ok=True, rule="", explanation="")
+
+
+class WhereAtOnce(Where):
+    name: ClassVar[str] = "where_at_once"
+    immediate: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(
+    ("checker", "items", "characters", "where"),
+    [
+        ("where_at_once", 1, 1, "loop"),
+        ("where_at_once", IMMEDIATE_ITEMS, 1, "loop"),
+        ("where_at_once", IMMEDIATE_ITEMS + 1, 1, "thread"),
+        ("where_at_once", 2, 1_000_001, "thread"),
+        ("where", 1, 1, "thread"),
+    ],
+)
+def test_only_small_batches_of_immediate_checkers_hold_up_the_event_loop(
+    checker: str, items: int, characters: int, where: str
+) -> None:
+    async def run() -> list[Scored]:
+        scorer = Scorer({"where": Where(), "where_at_once": WhereAtOnce()}, WorkerPool(), Admission())
+        return await scorer.score([Item(str(n), checker, "x" * characters, "") for n in range(items)])
+
+    verdicts = [one.verdict for one in asyncio.run(run())]
+    assert {verdict.parsed for verdict in verdicts if isinstance(verdict, Reward)} == {where}
