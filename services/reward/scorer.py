@@ -51,11 +51,13 @@ class Scorer:
         """Verdicts as they come, each with the index of its item. Raises FullError."""
         started = time.perf_counter()
         quick, slow = self._split(items)
-        with self._admission.admit(len(items), sum([len(item.completion) for item in items])):
+        characters = sum([len(item.completion) + len(item.answer) for item in items])
+        with self._admission.admit(len(items), characters):
             tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
             try:
                 if quick:
-                    ready = await self._score_together([items[index] for index in quick] if slow else items)
+                    together = [items[index] for index in quick] if slow else items
+                    ready = await self._score_together(together, characters)
                     yield list(zip(quick, ready, strict=True))
                 for task in asyncio.as_completed(tasks) if tasks else ():
                     index, result = await task
@@ -78,14 +80,13 @@ class Scorer:
 
     def _split(self, items: Sequence[Item]) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of the items that a thread scores, and of those that need more."""
+        if self._in_workers.isdisjoint({item.checker for item in items}):
+            return range(len(items)), ()
         slow = [index for index, item in enumerate(items) if item.checker in self._in_workers]
-        if not slow:
-            return range(len(items)), slow
         return sorted(set(range(len(items))) - set(slow)), slow
 
-    async def _score_together(self, items: Sequence[Item]) -> list[Scored]:
-        """Results of items for quick checkers, and for none that is known."""
-        characters = sum([len(item.completion) + len(item.answer) for item in items])
+    async def _score_together(self, items: Sequence[Item], characters: int) -> list[Scored]:
+        """Results of items for quick checkers, and for none that is known. `characters`: of their whole batch."""
         small = len(items) <= IMMEDIATE_ITEMS and characters <= IMMEDIATE_CHARACTERS
         if small and {item.checker for item in items} <= self._immediate:
             scored = self._score_quick(items)
