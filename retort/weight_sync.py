@@ -3,7 +3,7 @@
 The trainer takes a `Snapshot` (parameters in the served dtype, packed into byte buckets), opens a process group
 with the replicas that answered `PrepareRequest`, and broadcasts the buckets. Backend gloo on a CPU and NCCL on CUDA
 run this same code. torch.distributed has no authentication: what makes a transfer trustworthy is the digest that
-travels over HTTP.
+travels over HTTP, in calls that carry a token.
 """
 
 import hashlib
@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
+from retort.config import ConfigError
 from retort.rollouts import Message
 
 # Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
 _LANE_WEIGHT = 0x9E3779B97F4A7C15 - 2**64
+
+
+def authorization(token: str) -> str:
+    """The `Authorization` header of every call of a weight sync. Raises ConfigError when there is no token."""
+    if not token:
+        raise ConfigError(
+            "weight_sync.token is empty: give the trainer and every rollout server the same secret in "
+            "RETORT_WEIGHT_SYNC__TOKEN (`retort run` does so by itself)."
+        )
+    return f"Bearer {token}"
 
 
 class ProcessGroup(Protocol):

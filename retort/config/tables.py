@@ -217,6 +217,8 @@ class WeightSyncConfig(Config):
     """Longest wait for one phase of a weight sync; the replica that missed it is evicted by name."""
     max_probe_gap: PositiveFloat = 0.3
     """Largest |engine - trainer| log-probability on the probe prompt that still commits a version."""
+    token: str = Field(default="", exclude=True)
+    """Secret by which replicas know the trainer. `retort run` makes one; elsewhere set RETORT_WEIGHT_SYNC__TOKEN."""
 
 
 class TimeoutConfig(Config):

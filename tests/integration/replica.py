@@ -1,28 +1,43 @@
 """A replica as the trainer sees it: the service's own receiver and routes around an engine, on a real HTTP server."""
 
 import asyncio
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping
 from typing import Any, Self, TypeVar
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from retort.queues import Member, RolloutQueue
+from retort.weight_sync import authorization
+from services.rollout.__main__ import listen
 from services.rollout.app import make_app
+from services.rollout.control import make_control_app
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 
+TOKEN = "for-this-test-only"
 T = TypeVar("T")
 
 
 class Replica:
-    """Use as a context: inside, it answers HTTP and is a member of the run. It can be made not to answer one call."""
+    """Use as a context: inside, it answers HTTP and is a member of the run. It can be made not to answer one call.
 
-    def __init__(self, run: Run, name: str, engine: Any, silent_at: str = "") -> None:
+    Unlike the service it has one port for both of its faces.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        engine: Any,
+        *,
+        silent_at: str = "",
+        inference: Callable[[WeightReceiver], ASGIApp] | None = None,
+    ) -> None:
         self.name = name
         self.incarnation = uuid.uuid4().hex
         self.calls: list[str] = []
@@ -31,8 +46,9 @@ class Replica:
         self._run = run
         self._queue: RolloutQueue = run.replica(name)
         self._silent_at = silent_at
-        self._app = make_app(self.receiver)
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.public = make_app(self.receiver, inference(self.receiver) if inference else None)
+        self.control = make_control_app(self.receiver, authorization(TOKEN))
+        self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(self._asgi, interface="asgi3", log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
@@ -53,7 +69,8 @@ class Replica:
             self.calls.append(call)
         if call == self._silent_at:
             await asyncio.Event().wait()
-        await self._app(scope, receive, send)
+        app = self.control if scope["path"].startswith("/weights/") else self.public
+        await app(scope, receive, send)
 
     def announce(self) -> None:
         """Say that it is there. Raises Evicted when the trainer went on without it."""

@@ -218,7 +218,7 @@ def test_sequences_in_flight_survive_an_update_and_say_which_version_sampled_eac
 
 
 def test_a_seed_names_a_completion_whatever_else_is_sampled(changed: Served) -> None:
-    scheduler = changed.engine._llm.vllm_config.scheduler_config
+    scheduler = changed.engine.llm.vllm_config.scheduler_config
     # With it, a seeded request that is caught in a partial prefill ends the engine on a CPU.
     assert not scheduler.enable_chunked_prefill
 

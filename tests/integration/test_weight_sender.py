@@ -11,19 +11,21 @@ from torch import Tensor
 
 from retort.config import WeightSyncConfig
 from retort.queues import Evicted
-from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest
+from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest, authorization
 from services.trainer.weight_sender import Probe, WeightSender
 from tests.integration.queue_run import Run
+from tests.integration.replica import TOKEN
 from tests.integration.torch_replica import TorchReplica, Weights, prompt_logprobs, untouched
 from tests.training import a_language_model
 
 PROBE_IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 DEADLINE_S = 3.0
+HEADERS = {"Authorization": authorization(TOKEN)}
 TENSORS_ONE_BY_ONE = 1e-6
 
 
 def a_sender(run: Run, epoch: int = 1) -> WeightSender:
-    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4)
+    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4, token=TOKEN)
     return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo")
 
 
@@ -227,7 +229,7 @@ def test_a_replica_refuses_a_trainer_that_was_replaced(run: Run) -> None:
         publish(newer, 5)
         assert newer.sync() == 1
         late_word = PrepareRequest(epoch=1, version=6, manifest=WeightManifest(buckets=[]))
-        answer = httpx.post(f"{replica.url}/weights/prepare", content=late_word.to_bytes())
+        answer = httpx.post(f"{replica.url}/weights/prepare", content=late_word.to_bytes(), headers=HEADERS)
         assert answer.status_code == 409
         assert answer.text == "prepare: trainer epoch 1 is over: epoch 2 has taken over"
         assert replica.says_it_serves(5)

@@ -89,4 +89,4 @@ class TorchReplica(Replica):
         load_as: Callable[[Weights], Weights] = lambda weights: weights,
         silent_at: str = "",
     ) -> None:
-        super().__init__(run, name, TorchEngine(corrupt, load_as), silent_at)
+        super().__init__(run, name, TorchEngine(corrupt, load_as), silent_at=silent_at)
