@@ -1,6 +1,7 @@
 """Weight syncs with real HTTP, a real broadcast and real members: only what was verified is ever served."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from retort.config import WeightSyncConfig
 from retort.queues import Evicted
 from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest, authorization
 from services.trainer.weight_sender import Probe, WeightSender
+from tests.integration.doomed_replica import a_doomed_replica
 from tests.integration.queue_run import Run
 from tests.integration.replica import TOKEN
 from tests.integration.torch_replica import TorchReplica, Weights, prompt_logprobs, untouched
@@ -165,6 +167,24 @@ def test_a_replica_that_is_silent_in_a_phase_is_named_and_costs_the_others_its_d
     [(name, at, reason)] = evictions(caplog)
     assert (name, at) == ("silent", phase)
     assert "ReadTimeout" in reason
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize("phase", ["prepare", "transfer", "probe", "commit"])
+def test_a_process_that_is_stopped_or_killed_in_a_phase_costs_the_others_its_deadline(
+    run: Run, caplog: pytest.LogCaptureFixture, phase: str, number: signal.Signals
+) -> None:
+    sender = a_sender(run)
+    with a_doomed_replica(run, phase, number), TorchReplica(run, "well") as well:
+        policy = publish(sender, 0)
+        start = time.monotonic()
+        assert sender.sync() == 1
+        assert time.monotonic() - start < DEADLINE_S + 2.0
+        assert_holds(well, policy)
+        assert well.says_it_serves(0)
+    assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", phase)]
+    # A broadcast that failed for one has failed for all, and is repeated for those who are left.
+    assert well.calls.count("transfer") == (2 if phase == "transfer" else 1)
 
 
 def test_a_replica_that_breaks_the_broadcast_for_all_is_found_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
