@@ -40,8 +40,7 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
     redis_port, reward_port, master_port, *http_ports = _free_ports(3 + config.rollout.replicas)
     url = redis_url(config) or f"redis://127.0.0.1:{redis_port}/0"
     reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
-    token = config.weight_sync.token or secrets.token_urlsafe()
-    services = _Services(config, config_file, url, reward, token)
+    services = _Services(config, config_file, url, reward, os.environ.get("CONTROL_TOKEN") or secrets.token_urlsafe())
     trainer_gpus, *replica_gpus = assign_gpus(visible_gpus(), config.trainer.ranks, config.rollout)
     programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
     if not config.reward.address:
@@ -121,7 +120,7 @@ class _Services:
         )
 
     def _secret(self) -> dict[str, str]:
-        return {"RETORT_WEIGHT_SYNC__TOKEN": self.token}
+        return {"CONTROL_TOKEN": self.token}
 
     def _program(
         self,

@@ -79,6 +79,8 @@ class RolloutConfig(Config):
     """Share of GPU memory for weights and KV cache. Without a GPU `kv_cache_gib` counts."""
     kv_cache_gib: PositiveInt = 1
     """KV cache on a CPU, in GiB."""
+    kv_on_update: Literal["keep", "recompute"] = "keep"
+    """KV cache of sequences in flight when weights change: kept as the old ones made it, or computed anew."""
     tensor_parallel: PositiveInt = 1
     """GPUs per replica."""
     lease_s: PositiveFloat = 20.0
@@ -217,8 +219,6 @@ class WeightSyncConfig(Config):
     """Longest wait for one phase of a weight sync; the replica that missed it is evicted by name."""
     max_probe_gap: PositiveFloat = 0.3
     """Largest |engine - trainer| log-probability on the probe prompt that still commits a version."""
-    token: str = Field(default="", exclude=True)
-    """Secret by which replicas know the trainer. `retort run` makes one; elsewhere set RETORT_WEIGHT_SYNC__TOKEN."""
 
 
 class TimeoutConfig(Config):

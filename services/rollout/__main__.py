@@ -56,7 +56,7 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
     draining = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, draining.set)
-    control_header = authorization(config.weight_sync.token)
+    control_header = authorization()
     public, control = listen(config.rollout.host, config.rollout.port), listen(config.rollout.host, 0)
     redis = await connect_async(config.redis.url or os.environ.get("REDIS_URL", ""))
     queue = RolloutQueue(redis, config.key_prefix, name, config.rollout.lease_s, config.rollout.max_deliveries)

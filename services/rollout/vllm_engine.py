@@ -25,6 +25,16 @@ from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 HEALTH_CHECK_S = 1.0
 
 
+class OrderlyLLM(AsyncLLM):
+    """Ended by `shutdown`, and not a second time by the garbage collector.
+
+    That came after the interpreter had taken vLLM's modules apart, and its traceback hid why the process had ended.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
 class VLLMEngine:
     """An `AsyncLLM` whose weights arrive by broadcast. See `services.rollout.engine.Engine`."""
 
@@ -36,7 +46,7 @@ class VLLMEngine:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
-        self.llm = AsyncLLM.from_engine_args(
+        self.llm = OrderlyLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model.path,
                 dtype=config.model.dtype,
@@ -63,6 +73,7 @@ class VLLMEngine:
             )
         )
         self.num_workers = config.rollout.tensor_parallel
+        self.kv_on_update = config.rollout.kv_on_update
         self._loads = 0
 
     @property
@@ -124,6 +135,8 @@ class VLLMEngine:
     async def load(self, version: int) -> None:
         await self.llm.finish_weight_update(weight_version=str(version))
         self._loads += 1
+        if self.kv_on_update == "recompute":
+            await self.llm.reset_prefix_cache(reset_running_requests=True)
         await self.llm.resume_generation()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:

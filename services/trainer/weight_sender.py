@@ -31,7 +31,6 @@ from retort.weight_sync import (
     Snapshot,
     TransferReply,
     TransferRequest,
-    authorization,
     open_process_group,
     send,
 )
@@ -74,14 +73,16 @@ class SyncReport:
 class WeightSender:
     """Holds the published snapshot and brings replicas to it."""
 
-    def __init__(self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str) -> None:
+    def __init__(
+        self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str, authorization: str
+    ) -> None:
         self._queue = queue
         self._config = config
         self._epoch = epoch
         self._backend = backend
         # Made once: reading the certificate authorities takes longer than a whole sync of a small model.
         self._tls = httpx.create_ssl_context()
-        self._headers = {"Authorization": authorization(config.token)}
+        self._headers = {"Authorization": authorization}
         # Bound to one address: whoever reaches the store could join a transfer.
         listening = socket.create_server((config.host, 0))
         self._port = listening.getsockname()[1]

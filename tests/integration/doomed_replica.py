@@ -10,32 +10,25 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
-from torch import Tensor
 
 from tests.integration.queue_run import Run
 from tests.integration.torch_replica import TorchReplica
 
 READY_WITHIN_S = 60.0
-BUCKET = 2
-"""In the transfer it happens when so many buckets have arrived, in the midst of the broadcast."""
 
 
 class DoomedReplica(TorchReplica):
-    """Stops or ends where it is told to."""
+    """Stops or ends when the call of its phase arrives."""
 
     def __init__(self, run: Run, phase: str, number: signal.Signals) -> None:
-        super().__init__(run, "doomed", corrupt=self._between_buckets)
+        super().__init__(run, "doomed")
         self._phase = phase
         self._signal = number
 
     async def _asgi(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        if scope["path"] == f"/weights/{self._phase}" and self._phase != "transfer":
+        if scope["path"] == f"/weights/{self._phase}":
             os.kill(os.getpid(), self._signal)
         await super()._asgi(scope, receive, send)
-
-    def _between_buckets(self, number: int, _: Tensor) -> None:
-        if self._phase == "transfer" and number == BUCKET:
-            os.kill(os.getpid(), self._signal)
 
 
 def _live(url: str, run_id: str, phase: str, number: signal.Signals, ready: Connection) -> None:

@@ -23,10 +23,8 @@ class FaultyWorker(WorkerExtension):
 
     def inject(self, fault: str) -> None:
         """Make the next updates go wrong in one way. Empty: none does any more."""
-        if fault == "flipped_bit":
-            self._replace(weight_sync, "_broadcast", flip_one_bit)
-        elif fault == "lost_on_the_wire":
-            self._replace(weight_sync, "_broadcast", lose_a_bucket)
+        if fault in ARRIVING:
+            self._replace(weight_sync, "_unpack", ARRIVING[fault])
         elif fault == "stale_head":
             self._replace(self._model.lm_head.quant_method, "process_weights_after_loading", lambda _: lambda _: None)
         elif fault:
@@ -46,22 +44,25 @@ class FaultyWorker(WorkerExtension):
         owner.__dict__[name] = change(original)
 
 
-def flip_one_bit(broadcast: Callable[..., None]) -> Callable[..., None]:
-    def flipped(group: Any, buffer: Tensor, timeout_s: float) -> None:
-        broadcast(group, buffer, timeout_s)
-        buffer[7] ^= 64
+Unpack = Callable[[Tensor, Any], Iterable[tuple[str, Tensor]]]
+
+
+def flip_one_bit(unpack: Unpack) -> Unpack:
+    def flipped(bucket: Tensor, specs: Any) -> Iterable[tuple[str, Tensor]]:
+        bucket[7] ^= 64
+        return unpack(bucket, specs)
 
     return flipped
 
 
-def lose_a_bucket(broadcast: Callable[..., None]) -> Callable[..., None]:
+def lose_a_bucket(unpack: Unpack) -> Unpack:
     seen = []
 
-    def lossy(group: Any, buffer: Tensor, timeout_s: float) -> None:
-        broadcast(group, buffer, timeout_s)
-        seen.append(buffer)
+    def lossy(bucket: Tensor, specs: Any) -> Iterable[tuple[str, Tensor]]:
+        seen.append(specs)
         if len(seen) == DROPPED:
-            buffer.zero_()
+            bucket.zero_()
+        return unpack(bucket, specs)
 
     return lossy
 
@@ -84,4 +85,5 @@ def drop_a_bucket(load_weights: Callable[[Tensors], object]) -> Callable[[Tensor
     return lossy
 
 
+ARRIVING = {"flipped_bit": flip_one_bit, "lost_on_the_wire": lose_a_bucket}
 LOADING = {"swapped_pair": swap_two, "wrong_transpose": transpose_a_square, "dropped_bucket": drop_a_bucket}

@@ -19,7 +19,7 @@ from services.rollout.control import make_control_app
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 
-TOKEN = "for-this-test-only"
+AUTHORIZATION = authorization({"CONTROL_TOKEN": "for-this-test-only"})
 T = TypeVar("T")
 
 
@@ -47,7 +47,7 @@ class Replica:
         self._queue: RolloutQueue = run.replica(name)
         self._silent_at = silent_at
         self.public = make_app(self.receiver, inference(self.receiver) if inference else None)
-        self.control = make_control_app(self.receiver, authorization(TOKEN))
+        self.control = make_control_app(self.receiver, AUTHORIZATION)
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(self._asgi, interface="asgi3", log_level="error", lifespan="off")

@@ -13,7 +13,6 @@ import pytest
 
 from retort.config import ConfigError
 from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
-from retort.weight_sync import authorization
 from services.rollout.__main__ import EngineDied, _run, listen
 from services.rollout.app import make_app
 from services.rollout.control import make_control_app
@@ -22,7 +21,7 @@ from services.rollout.reward_client import RewardClient
 from services.rollout.sampler import Sampler
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
-from tests.integration.replica import TOKEN
+from tests.integration.replica import AUTHORIZATION
 from tests.integration.test_sampler import GROUP_SIZE, Replica, ids, reward_service, work
 from tests.scripted_engine import ScriptedEngine, text_of
 
@@ -75,7 +74,7 @@ async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "
     url, control_url = (f"http://127.0.0.1:{one.getsockname()[1]}" for one in (listening, control))
     one = Server(engine, receiver, sampler, run.trainer(), url=url)
     presence = Presence("rollout-0", queue, http_url=url, control_url=control_url)
-    faces = [(make_app(receiver), listening), (make_control_app(receiver, authorization(TOKEN)), control)]
+    faces = [(make_app(receiver), listening), (make_control_app(receiver, AUTHORIZATION), control)]
     running = asyncio.create_task(_run(sampler, presence, engine, faces, one.draining))
     try:
         yield one, running

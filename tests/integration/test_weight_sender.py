@@ -12,23 +12,23 @@ from torch import Tensor
 
 from retort.config import WeightSyncConfig
 from retort.queues import Evicted
-from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest, authorization
+from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest
 from services.trainer.weight_sender import Probe, WeightSender
 from tests.integration.doomed_replica import a_doomed_replica
 from tests.integration.queue_run import Run
-from tests.integration.replica import TOKEN
+from tests.integration.replica import AUTHORIZATION
 from tests.integration.torch_replica import TorchReplica, Weights, prompt_logprobs, untouched
 from tests.training import a_language_model
 
 PROBE_IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 DEADLINE_S = 3.0
-HEADERS = {"Authorization": authorization(TOKEN)}
+HEADERS = {"Authorization": AUTHORIZATION}
 TENSORS_ONE_BY_ONE = 1e-6
 
 
 def a_sender(run: Run, epoch: int = 1) -> WeightSender:
-    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4, token=TOKEN)
-    return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo")
+    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4)
+    return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo", authorization=AUTHORIZATION)
 
 
 def publish(sender: WeightSender, version: int, *, bucket_mib: float = 0.004) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from services.rollout.weight_receiver import WeightReceiver
 from services.trainer.weight_sender import Probe, WeightSender
 from tests.integration.faulty_worker import FaultyWorker
 from tests.integration.queue_run import Run
-from tests.integration.replica import TOKEN, Replica
+from tests.integration.replica import AUTHORIZATION, Replica
 from tests.integration.torch_replica import prompt_logprobs
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +31,8 @@ class Fleet:
 
     def __init__(self, run: Run, replica: Replica) -> None:
         self.run, self.replica = run, replica
-        config = WeightSyncConfig(max_probe_gap=1e-3, token=TOKEN)
-        self.sender = WeightSender(run.trainer(), config, epoch=1, backend="gloo")
+        config = WeightSyncConfig(max_probe_gap=1e-3)
+        self.sender = WeightSender(run.trainer(), config, epoch=1, backend="gloo", authorization=AUTHORIZATION)
         self.model = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", dtype=torch.float32).eval()
         self._shipped = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         self.version = 0
