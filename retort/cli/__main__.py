@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "run": ("retort.cli.run", "train: start every service on this machine, watch over them, stop them"),
     "status": ("retort.cli.status", "show what a run is doing"),
+    "fleet": ("retort.cli.fleet", "list a run's rollout replicas, drain or evict one"),
     "report": ("retort.cli.report", "write a run's report.html"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),

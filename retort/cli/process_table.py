@@ -1,6 +1,7 @@
 """Which processes make up a run, and what each is told: command, environment, addresses."""
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
     redis_port, reward_port, master_port, *http_ports = _free_ports(3 + config.rollout.replicas)
     url = redis_url(config) or f"redis://127.0.0.1:{redis_port}/0"
     reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
-    services = _Services(config, config_file, url, reward)
+    services = _Services(config, config_file, url, reward, os.environ.get("CONTROL_TOKEN") or secrets.token_urlsafe())
     trainer_gpus, *replica_gpus = assign_gpus(visible_gpus(), config.trainer.ranks, config.rollout)
     programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
     if not config.reward.address:
@@ -87,6 +88,7 @@ class _Services:
     config_file: Path
     redis_url: str
     reward_address: str
+    token: str
 
     def reward(self) -> Program:
         port = self.reward_address.rpartition(":")[2]
@@ -102,16 +104,23 @@ class _Services:
         return self._program(
             name,
             ["-m", "services.rollout", "--name", name],
-            environment={"RETORT_ROLLOUT__PORT": str(port), **gpus},
+            environment={"RETORT_ROLLOUT__PORT": str(port), **self._secret(), **gpus},
             addresses={"http": f"{self.config.rollout.host}:{port}"},
+            leaving_exit_codes=frozenset({0}),
         )
 
     def trainer(self, master_port: int, gpus: Mapping[str, str]) -> Program:
         torchrun = ["-m", "retort.cli.torchrun", "--nproc-per-node", str(self.config.trainer.ranks)]
         torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(master_port), "--max-restarts", "0"]
         return self._program(
-            "trainer", [*torchrun, "-m", "services.trainer"], environment=gpus, final_exit_codes=TRAINER_ENDS
+            "trainer",
+            [*torchrun, "-m", "services.trainer"],
+            environment={**self._secret(), **gpus},
+            final_exit_codes=TRAINER_ENDS,
         )
+
+    def _secret(self) -> dict[str, str]:
+        return {"CONTROL_TOKEN": self.token}
 
     def _program(
         self,
@@ -121,6 +130,7 @@ class _Services:
         environment: Mapping[str, str] | None = None,
         addresses: Mapping[str, str] | None = None,
         final_exit_codes: frozenset[int] = BAD_START,
+        leaving_exit_codes: frozenset[int] = frozenset(),
     ) -> Program:
         common = {
             **{key: value for key, value in QUIET.items() if key not in os.environ},
@@ -137,6 +147,7 @@ class _Services:
             environment={**common, **(environment or {})},
             addresses=addresses or {},
             final_exit_codes=final_exit_codes,
+            leaving_exit_codes=leaving_exit_codes,
             may_start=answers(self.redis_url),
         )
 

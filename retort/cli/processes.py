@@ -42,6 +42,8 @@ class Program:
     """What it listens on: protocol -> host:port."""
     final_exit_codes: frozenset[int] = frozenset()
     """Exit codes with which it has said its last word. With any other it is started again."""
+    leaving_exit_codes: frozenset[int] = frozenset()
+    """Exit codes with which it has left for good while the run goes on."""
     may_start: Callable[[], bool] = lambda: True
     """Asked before every start; a program waits while what it needs first, such as Redis, is not there."""
 
@@ -154,6 +156,9 @@ class Supervisor:
         child.process = None
         child.deaths.append(now)
         _end(self._orphans())
+        if code in child.program.leaving_exit_codes:
+            self._announce(f"{child.program.name} has left")
+            return None
         delay = None if code in child.program.final_exit_codes else self._policy.delay(child.deaths, now)
         if delay is None:
             return Ending(child.program, code, gave_up=code not in child.program.final_exit_codes)

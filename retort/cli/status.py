@@ -6,9 +6,12 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retort.config import ConfigError
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 STATUS_FILE = "status.json"
 
@@ -58,16 +61,10 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
         return []
     from redis.exceptions import RedisError
 
-    from retort.cli.preflight import redis_url
-    from retort.cli.process_table import open_redis
-    from retort.config import load_config
     from retort.queues import RunView
 
-    config = load_config(directory / "config.toml")
-    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
-    url = f"redis://{embedded[0]}/0" if embedded else redis_url(config)
     try:
-        members = RunView(open_redis(url), config.key_prefix).members()
+        members = RunView(*redis_of(directory, status)).members()
     except (RedisError, ValueError):
         return []
     return [
@@ -79,6 +76,17 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
         }
         for name, member in sorted(members.items())
     ]
+
+
+def redis_of(directory: Path, status: Mapping[str, Any]) -> "tuple[Redis, str]":
+    """The Redis of a run, embedded or the user's, and the prefix of the run's keys in it."""
+    from retort.cli.preflight import redis_url
+    from retort.cli.process_table import open_redis
+    from retort.config import load_config
+
+    config = load_config(directory / "config.toml")
+    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
+    return open_redis(f"redis://{embedded[0]}/0" if embedded else redis_url(config)), config.key_prefix
 
 
 def status_lines(directory: Path, status: Mapping[str, Any], replicas: list[dict[str, Any]], now: float) -> list[str]:

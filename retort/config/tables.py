@@ -79,6 +79,8 @@ class RolloutConfig(Config):
     """Share of GPU memory for weights and KV cache. Without a GPU `kv_cache_gib` counts."""
     kv_cache_gib: PositiveInt = 1
     """KV cache on a CPU, in GiB."""
+    kv_on_update: Literal["keep", "recompute"] = "keep"
+    """KV cache of sequences in flight when weights change: kept as the old ones made it, or computed anew."""
     tensor_parallel: PositiveInt = 1
     """GPUs per replica."""
     lease_s: PositiveFloat = 20.0

@@ -10,6 +10,7 @@ Keys, all prefixed `retort:{<run>}:` (the braces keep them in one cluster slot):
     policy      hash  epoch, version, digest of the committed policy
     members     hash  replica name -> Member
     evicted     hash  replica name -> incarnation that was struck off
+    drain       hash  replica name -> incarnation that is asked to finish its work and leave
     progress    hash  what the trainer is doing
     stop        string, why the run should end
 
@@ -45,7 +46,7 @@ from retort.queues.protocol import (
 )
 from retort.queues.rollout import RolloutQueue
 from retort.queues.trainer import TrainerQueue
-from retort.queues.view import PendingLease, RunView, clear_stop, request_stop
+from retort.queues.view import PendingLease, RunView, clear_stop, evict, request_drain, request_stop
 
 __all__ = [
     "KINDS",
@@ -64,5 +65,7 @@ __all__ = [
     "clear_stop",
     "connect",
     "connect_async",
+    "evict",
+    "request_drain",
     "request_stop",
 ]

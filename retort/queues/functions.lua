@@ -15,6 +15,7 @@ local function keyed(keys)
     policy = keys[8],
     members = keys[9],
     evicted = keys[10],
+    drain = keys[11],
   }
 end
 
@@ -281,14 +282,14 @@ local function bury(keys, args)
   return set_aside(k, args[1], k.work[args[1]], args[2], 'issued ' .. args[2], args[3], args[4])
 end
 
--- replica, incarnation, member
+-- replica, incarnation, member. Answers whether the operator wants the replica to work on or to leave.
 local function announce(keys, args)
   local k = keyed(keys)
   if redis.call('HGET', k.evicted, args[1]) == args[2] then
     return redis.error_reply('EVICTED')
   end
   redis.call('HSET', k.members, args[1], args[3])
-  return 'OK'
+  return redis.call('HGET', k.drain, args[1]) == args[2] and 'drain' or 'ok'
 end
 
 -- consumer, lease_ms. The consumer itself stays in its group: deleting it would delete its leases with it.
@@ -307,6 +308,14 @@ local function leave(keys, args)
   return 'OK'
 end
 
+-- Operator --------------------------------------------------------------------------------------------------------
+
+-- replica, incarnation. Its next process, which has another incarnation, is not meant.
+local function drain(keys, args)
+  redis.call('HSET', keyed(keys).drain, args[1], args[2])
+  return 'OK'
+end
+
 redis.register_function(LIBRARY .. '_open', open)
 redis.register_function(LIBRARY .. '_issue', issue)
 redis.register_function(LIBRARY .. '_publish', publish)
@@ -322,3 +331,4 @@ redis.register_function(LIBRARY .. '_give_back', give_back)
 redis.register_function(LIBRARY .. '_bury', bury)
 redis.register_function(LIBRARY .. '_announce', announce)
 redis.register_function(LIBRARY .. '_leave', leave)
+redis.register_function(LIBRARY .. '_drain', drain)

@@ -53,6 +53,10 @@ class Member(Message, frozen=True, kw_only=True):
     waiting_for: str
     updated: float
     """When this was written, in seconds since 1970."""
+    groups_finished: int = 0
+    """By this process."""
+    last_finished: float = 0.0
+    """When it finished the last of them; 0 before the first."""
 
     def alive(self, now: float, limit_s: float) -> bool:
         """Whether it was heard of within the last `limit_s` seconds."""
@@ -117,7 +121,7 @@ class Keys:
     def of_functions(self) -> list[str]:
         """The keys that every function gets, in the order of `keyed` in functions.lua."""
         streams = [self.work(kind) for kind in KINDS] + [self.groups(kind) for kind in KINDS]
-        return streams + [self(name) for name in ("dead", "state", "fence", "policy", "members", "evicted")]
+        return streams + [self(name) for name in ("dead", "state", "fence", "policy", "members", "evicted", "drain")]
 
     def kind_of(self, stream: str) -> Kind:
         return "train" if stream.endswith(":train") else "validation"

@@ -83,9 +83,13 @@ class RolloutQueue:
         """Set work aside that cannot be done. The trainer will end the run, naming group and reason."""
         await self._call("bury", lease.item.kind, lease.entry_id, "failed", reason)
 
-    async def announce(self, member: Member) -> None:
-        """Write this replica into the members. Raises Evicted if the trainer struck off this process."""
-        await self._call("announce", self._replica, member.incarnation, member.to_bytes())
+    async def announce(self, member: Member) -> Literal["ok", "drain"]:
+        """Write this replica into the members; `drain`: it is asked to finish what it has in hand and leave.
+
+        Raises Evicted if the trainer struck off this process.
+        """
+        reply = await self._call("announce", self._replica, member.incarnation, member.to_bytes())
+        return "drain" if replies.text(reply) == "drain" else "ok"
 
     async def leave(self) -> None:
         """Give back everything and strike this replica off the members."""

@@ -1,8 +1,10 @@
 """What an onlooker sees of a run (`retort status`, the live panel), and the request to stop it."""
 
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from retort.queues import replies
+from retort.queues.connection import call
 from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy
 from retort.rollouts import Message
 
@@ -83,3 +85,17 @@ def request_stop(redis: Redis, run: str, reason: str) -> None:
 def clear_stop(redis: Redis, run: str) -> None:
     """Forget the request to stop, before a run is resumed."""
     redis.delete(Keys(run)("stop"))
+
+
+def request_drain(redis: Redis, run: str, member: Member) -> None:
+    """Ask a replica to take no more work, finish what it has in hand and leave."""
+    call(redis, "drain", Keys(run).of_functions(), member.name, member.incarnation)
+
+
+def evict(redis: Redis, run: str, member: Member) -> None:
+    """Strike a replica off the members on behalf of the present trainer. Raises Fenced if a new one takes over now."""
+    epoch = RunView(redis, run).highest_epoch()
+    try:
+        call(redis, "evict", Keys(run).of_functions(), epoch, member.name, member.incarnation)
+    except ResponseError as error:
+        raise replies.refusal(error, epoch=epoch) from error

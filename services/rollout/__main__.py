@@ -10,11 +10,14 @@ import socket
 from collections.abc import Sequence
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from retort.config import ConfigError, RunConfig, load_config
 from retort.queues import Evicted, RolloutQueue, connect_async
 from retort.telemetry import log_event, start_logging
+from retort.weight_sync import authorization
 from services.rollout.app import make_app
+from services.rollout.control import make_control_app
 from services.rollout.engine import Engine
 from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
@@ -53,13 +56,20 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
     draining = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, draining.set)
-    listening = _listen(config.rollout.host, config.rollout.port)
+    control_header = authorization()
+    public, control = listen(config.rollout.host, config.rollout.port), listen(config.rollout.host, 0)
     redis = await connect_async(config.redis.url or os.environ.get("REDIS_URL", ""))
     queue = RolloutQueue(redis, config.key_prefix, name, config.rollout.lease_s, config.rollout.max_deliveries)
     await queue.declare()
-    presence = Presence(name, f"http://{advertise}:{listening.getsockname()[1]}", queue)
+    presence = Presence(
+        name,
+        queue,
+        http_url=f"http://{advertise}:{public.getsockname()[1]}",
+        control_url=f"http://{advertise}:{control.getsockname()[1]}",
+    )
     await presence.loading()
 
+    from services.rollout.inference import make_inference
     from services.rollout.vllm_engine import VLLMEngine
 
     engine = VLLMEngine(config)
@@ -77,9 +87,16 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
             lease_s=config.rollout.lease_s,
             max_deliveries=config.rollout.max_deliveries,
         )
-        log_event("engine_loaded", url=presence.url)
+        inference = make_inference(
+            engine, receiver, model_path=config.model.path, patience_s=config.weight_sync.deadline_s
+        )
+        faces: list[tuple[ASGIApp, socket.socket]] = [
+            (make_app(receiver, inference), public),
+            (make_control_app(receiver, control_header), control),
+        ]
+        log_event("engine_loaded", url=presence.http_url)
         try:
-            await _run(sampler, presence, receiver, engine, listening, draining)
+            await _run(sampler, presence, engine, faces, draining)
         finally:
             # Also when the engine died: what was in hand is others' at once, and no failure of the work.
             await queue.leave()
@@ -92,28 +109,34 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
 async def _run(
     sampler: Sampler,
     presence: Presence,
-    receiver: WeightReceiver,
     engine: Engine,
-    listening: socket.socket,
+    faces: Sequence[tuple[ASGIApp, socket.socket]],
     draining: asyncio.Event,
 ) -> None:
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(receiver), log_level="warning", lifespan="off", timeout_graceful_shutdown=5)
-    )
-    # uvicorn would take SIGTERM for itself and stop answering the trainer while groups are still in hand.
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    servers = [_server(app) for app, _ in faces]
     async with asyncio.TaskGroup() as tasks:
-        http = tasks.create_task(server.serve([listening]), name="http")
+        http = [
+            tasks.create_task(server.serve([listening]), name="http")
+            for server, (_, listening) in zip(servers, faces, strict=True)
+        ]
         background = [
-            tasks.create_task(presence.follow(receiver, sampler), name="presence"),
+            tasks.create_task(presence.follow(sampler, draining), name="presence"),
             tasks.create_task(sampler.renew_leases(), name="renew-leases"),
             tasks.create_task(_end_with(engine), name="engine"),
         ]
         await sampler.run(draining)
         for task in background:
             task.cancel()
-        server.should_exit = True
-        await http
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*http)
+
+
+def _server(app: ASGIApp) -> uvicorn.Server:
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5))
+    # uvicorn would take SIGTERM for itself and stop answering the trainer while groups are still in hand.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    return server
 
 
 async def _end_with(engine: Engine) -> None:
@@ -121,8 +144,11 @@ async def _end_with(engine: Engine) -> None:
     raise EngineDied("the engine's process ended; its last words are above")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve HTTP on; port 0 lets the system choose. Raises ConfigError when it is taken."""
+    # asyncio turns Nagle's algorithm off only where the protocol is named. With it on, an answer waits 40 ms for the
+    # client's delayed acknowledgement: it was a third of a weight sync.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -1,15 +1,16 @@
 """How a replica shows itself to the others: its entry in the members of the run."""
 
+import asyncio
 import os
 import socket
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Literal
 
 from retort.queues import Member, RolloutQueue
 from services.rollout import metrics
 from services.rollout.sampler import Sampler
-from services.rollout.weight_receiver import WeightReceiver
 
 ANNOUNCE_EVERY_S = 0.5
 
@@ -19,42 +20,45 @@ class Presence:
     """Writes the replica's `Member` entry, from the moment the process starts."""
 
     name: str
-    url: str
     queue: RolloutQueue
+    http_url: str
+    control_url: str
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     async def loading(self) -> None:
         """Say that the engine is being loaded."""
-        await self.queue.announce(self._member(state="loading", policy_version=None, groups=0, tokens=0))
+        await self._announce("loading")
 
-    async def follow(self, receiver: WeightReceiver, sampler: Sampler) -> None:
-        """For ever: say what the replica does. Raises Evicted when the trainer went on without it."""
+    async def follow(self, sampler: Sampler, draining: asyncio.Event) -> None:
+        """For ever: say what the replica does, and set `draining` when the operator asks for it.
+
+        Raises Evicted when the trainer went on without it.
+        """
+        receiver = sampler.receiver
         while True:
-            await self.queue.announce(
-                self._member(
-                    state=receiver.state,
-                    policy_version=receiver.served_version,
-                    groups=len(sampler.in_hand),
-                    tokens=sampler.tokens_generated,
-                )
-            )
+            state = "draining" if draining.is_set() else receiver.state
+            if await self._announce(state, sampler) == "drain":
+                draining.set()
             metrics.POLICY_VERSION.set(-1 if receiver.served_version is None else receiver.served_version)
             metrics.GROUPS_IN_HAND.set(len(sampler.in_hand))
             await receiver.wait_for_change(ANNOUNCE_EVERY_S)
 
-    def _member(self, *, state: str, policy_version: int | None, groups: int, tokens: int) -> Member:
+    async def _announce(self, state: str, sampler: Sampler | None = None) -> Literal["ok", "drain"]:
         waiting = {"joining": "the trainer's first weights", "updating": "the trainer's weights"}
-        return Member(
+        member = Member(
             name=self.name,
             pid=os.getpid(),
             host=socket.gethostname(),
-            control_url=self.url,
-            http_url=self.url,
-            policy_version=policy_version,
-            state=state,  # type: ignore[arg-type]  # one of the receiver's three, or loading
+            control_url=self.control_url,
+            http_url=self.http_url,
+            policy_version=sampler.receiver.served_version if sampler else None,
+            state=state,  # type: ignore[arg-type]  # one of the receiver's three, loading or draining
             incarnation=self.incarnation,
-            groups_in_hand=groups,
-            tokens_generated=tokens,
+            groups_in_hand=len(sampler.in_hand) if sampler else 0,
+            groups_finished=sampler.groups_finished if sampler else 0,
+            tokens_generated=sampler.tokens_generated if sampler else 0,
+            last_finished=sampler.last_finished if sampler else 0.0,
             waiting_for=waiting.get(state, ""),
             updated=time.time(),
         )
+        return await self.queue.announce(member)

@@ -48,6 +48,8 @@ class Sampler:
     max_deliveries: int
     in_hand: dict[str, Lease] = field(default_factory=dict)
     tokens_generated: int = 0
+    groups_finished: int = 0
+    last_finished: float = 0.0
     _finished: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def run(self, draining: asyncio.Event) -> None:
@@ -90,6 +92,7 @@ class Sampler:
                 return
             outcome = await self.queue.submit(lease, group)
             (metrics.GROUPS if outcome == "stored" else metrics.DUPLICATE_GROUPS).inc()
+            self.groups_finished, self.last_finished = self.groups_finished + 1, time.time()
         except UnscorableError as error:
             log_event("group_unscorable", logging.WARNING, group=lease.item.group_id, reason=error)
             # The same seeds would give the same completions and the same verdict: nobody else would fare better.
@@ -112,13 +115,12 @@ class Sampler:
     async def _may_be_submitted(self, item: WorkItem, group: RolloutGroup, epoch: int) -> bool:
         """Whether every token comes from a policy that was committed and that the item allows; else sample again.
 
-        Tokens of a version that is still being verified wait here. Versions of another trainer's epoch say nothing:
-        after a restart the same number may be other weights.
+        Tokens of a version that is still being verified wait here.
         """
         versions = {version for rollout in group.rollouts for version in rollout.policy_versions}
         if not versions:
             return True
-        if not await self.receiver.wait_until_serving(max(versions), self.lease_s) or self.receiver.epoch != epoch:
+        if not await self.receiver.wait_until_committed(max(versions), epoch, self.lease_s):
             return False
         fresh = min(versions) >= item.min_policy_version
         return fresh and (item.kind == "train" or versions == {item.step})

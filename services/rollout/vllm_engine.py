@@ -1,4 +1,4 @@
-"""The vLLM engine behind the rollout server. `import vllm` happens here and in `vllm_plugin` only."""
+"""The vLLM engine behind the rollout server. Beside it only `vllm_plugin` and `inference` import vllm."""
 
 import asyncio
 import os
@@ -25,6 +25,16 @@ from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 HEALTH_CHECK_S = 1.0
 
 
+class OrderlyLLM(AsyncLLM):
+    """Ended by `shutdown`, and not a second time by the garbage collector.
+
+    That came after the interpreter had taken vLLM's modules apart, and its traceback hid why the process had ended.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
 class VLLMEngine:
     """An `AsyncLLM` whose weights arrive by broadcast. See `services.rollout.engine.Engine`."""
 
@@ -32,9 +42,11 @@ class VLLMEngine:
         on_cpu = not torch.cuda.is_available()
         # Read by the plug-in: processes below this one die with it.
         os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())
+        # With it vLLM's processes would unpickle what reaches their sockets.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
-        self._llm = AsyncLLM.from_engine_args(
+        self.llm = OrderlyLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model.path,
                 dtype=config.model.dtype,
@@ -57,12 +69,20 @@ class VLLMEngine:
                 enforce_eager=on_cpu,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
-                disable_log_stats=True,
                 enable_log_requests=False,
             )
         )
         self.num_workers = config.rollout.tensor_parallel
+        self.kv_on_update = config.rollout.kv_on_update
         self._loads = 0
+
+    @property
+    def cache_salt(self) -> str:
+        """Keeps what was prefilled under other weights out of the prefix cache.
+
+        It counts loads: a version that a restarted trainer makes again need not be the same weights.
+        """
+        return str(self._loads)
 
     async def sample(
         self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
@@ -95,29 +115,29 @@ class VLLMEngine:
         return Sampled(ids, logprobs, versions, reason)
 
     async def _generate(self, prompt_ids: Sequence[int], parameters: SamplingParams, priority: int) -> RequestOutput:
-        # The salt keeps what was prefilled under other weights out of the prefix cache. It counts loads: a version that
-        # a restarted trainer makes again need not be the same weights.
-        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=str(self._loads))
-        async for output in self._llm.generate(prompt, parameters, uuid.uuid4().hex, priority=priority):
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=self.cache_salt)
+        async for output in self.llm.generate(prompt, parameters, uuid.uuid4().hex, priority=priority):
             if output.finished:
                 return output
         raise RuntimeError("vLLM ended a request without an answer")
 
     async def prepare(self) -> None:
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        await self._llm.start_weight_update()
+        await self.llm.pause_generation(mode="keep", clear_cache=False)
+        await self.llm.start_weight_update()
 
     async def receive(self, request: TransferRequest, manifest: WeightManifest) -> list[list[int]]:
-        await self._llm.update_weights(
+        await self.llm.update_weights(
             WeightTransferUpdateRequest({"request": request.to_bytes(), "manifest": manifest.to_bytes()})
         )
-        digests: list[list[int]] = await self._llm.collective_rpc("received_digests")
+        digests: list[list[int]] = await self.llm.collective_rpc("received_digests")
         return digests
 
     async def load(self, version: int) -> None:
-        await self._llm.finish_weight_update(weight_version=str(version))
+        await self.llm.finish_weight_update(weight_version=str(version))
         self._loads += 1
-        await self._llm.resume_generation()
+        if self.kv_on_update == "recompute":
+            await self.llm.reset_prefix_cache(reset_running_requests=True)
+        await self.llm.resume_generation()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
         """Log-probability of every token of the prompt but the first, under the weights in use."""
@@ -134,12 +154,12 @@ class VLLMEngine:
         return [position[token].logprob for position, token in positions if position]
 
     async def abandon(self) -> None:
-        await self._llm.collective_rpc("abandon_weight_update")
+        await self.llm.collective_rpc("abandon_weight_update")
 
     async def wait_until_dead(self) -> None:
         """Return when the engine process is gone."""
-        while not self._llm.errored:
+        while not self.llm.errored:
             await asyncio.sleep(HEALTH_CHECK_S)
 
     def shutdown(self) -> None:
-        self._llm.shutdown()
+        self.llm.shutdown()

@@ -102,6 +102,13 @@ class WeightReceiver:
             return False
         return True
 
+    async def wait_until_committed(self, version: int, epoch: int, timeout_s: float) -> bool:
+        """Whether what `version` of this trainer's epoch sampled may leave: wait until it or a newer one is served.
+
+        Versions of another epoch say nothing: after a restart of the trainer the same number may be other weights.
+        """
+        return await self.wait_until_serving(version, timeout_s) and self.epoch == epoch
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until the phase changes, `timeout_s` at most."""
         phase = self._phase

@@ -23,6 +23,7 @@ from retort.questions import Question, questions_of
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.rollouts import RolloutGroup
 from retort.telemetry import die_with_parent, log_event, start_logging
+from retort.weight_sync import authorization
 from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch, assemble
 from services.trainer.checkpoint import Checkpoints
@@ -91,7 +92,10 @@ def run(config: RunConfig) -> int:
         journal, steps, sender = Journal(), Steps(assemble_step), None
         if is_first:
             epoch, queue = _take_over(config)
-            sender = WeightSender(queue, config.weight_sync, epoch=epoch, backend="nccl" if on_gpu else "gloo")
+            backend = "nccl" if on_gpu else "gloo"
+            sender = WeightSender(
+                queue, config.weight_sync, epoch=epoch, backend=backend, authorization=authorization()
+            )
             journal = RunJournal(
                 config,
                 version=policy.version,

@@ -10,8 +10,9 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx
@@ -65,18 +66,23 @@ class SyncReport:
     seconds: float = 0.0
     probe_gap: float = 0.0
     """Largest |engine - trainer| log-probability on the probe prompt, over all replicas."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """What of `seconds` went into prepare, transfer, probe and commit."""
 
 
 class WeightSender:
     """Holds the published snapshot and brings replicas to it."""
 
-    def __init__(self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str) -> None:
+    def __init__(
+        self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str, authorization: str
+    ) -> None:
         self._queue = queue
         self._config = config
         self._epoch = epoch
         self._backend = backend
         # Made once: reading the certificate authorities takes longer than a whole sync of a small model.
         self._tls = httpx.create_ssl_context()
+        self._headers = {"Authorization": authorization}
         # Bound to one address: whoever reaches the store could join a transfer.
         listening = socket.create_server((config.host, 0))
         self._port = listening.getsockname()[1]
@@ -126,25 +132,37 @@ class WeightSender:
         snapshot = self.snapshot
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
-        async with httpx.AsyncClient(timeout=self._config.deadline_s, verify=self._tls) as http:
+        timeout_s, headers = self._config.deadline_s, self._headers
+        async with httpx.AsyncClient(timeout=timeout_s, verify=self._tls, headers=headers) as http:
             prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest)
-            ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
+            with self._timed("prepare"):
+                ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
 
             transfers = self._transfers(ready)
-            sending = asyncio.to_thread(self._send, snapshot, transfers)
-            received, _ = await asyncio.gather(self._ask(http, "transfer", transfers, TransferReply), sending)
+            with self._timed("transfer"):
+                sending = asyncio.to_thread(self._send, snapshot, transfers)
+                received, _ = await asyncio.gather(self._ask(http, "transfer", transfers, TransferReply), sending)
             same = self._keep(received, "transfer", lambda reply: _digest_problem(reply, snapshot))
 
             probe = ProbeRequest(epoch=epoch, prompt_ids=self._probe.prompt_ids)
-            probed = await self._ask(http, "probe", [(member, probe) for member in same], ProbeReply)
+            with self._timed("probe"):
+                probed = await self._ask(http, "probe", [(member, probe) for member in same], ProbeReply)
             verified = self._keep(probed, "probe", self._probe_problem)
 
             commit = CommitRequest(epoch=epoch, version=version)
-            serving = await self._ask(http, "commit", [(member, commit) for member in verified], CommitRequest)
+            with self._timed("commit"):
+                serving = await self._ask(http, "commit", [(member, commit) for member in verified], CommitRequest)
         for member, _ in serving:
             self._verified[member.incarnation] = version
             log_event("replica_serves", replica=member.name, version=version)
         self.report.replicas += len(serving)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        spent = self.report.phase_seconds
+        spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - start
 
     def _transfers(self, ready: Sequence[tuple[Member, PrepareReply]]) -> list[tuple[Member, TransferRequest]]:
         """A process group of exactly the members that are prepared: ranks in the order given, the sender is 0."""

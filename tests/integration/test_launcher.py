@@ -212,6 +212,41 @@ def test_a_service_that_died_leaves_nothing_below_it(start) -> None:
     assert not below[0].is_running()
 
 
+def fleet(run: Launched, *words: str) -> str:
+    command = [sys.executable, "-m", "retort.cli", "fleet", *words, "--run-dir", str(run.run_dir)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_replica_that_is_drained_leaves_and_is_not_started_again(start) -> None:
+    run = start(steps=400)
+    run.wait_for_step(1)
+    run.wait_until(lambda: "rollout-0  serving  0 " in fleet(run))
+    assert fleet(run, "drain", "rollout-0").startswith("rollout-0 is asked to leave")
+    run.wait_until(lambda: run.pid("rollout-0") is None)
+    [state] = [process["state"] for process in run.status()["processes"] if process["name"] == "rollout-0"]
+    assert state == "exited"
+    assert "rollout-0" not in fleet(run)
+    run.wait_for_step(run.status()["step"] + 10)  # a restart would take five of them
+    assert run.pid("rollout-0") is None
+    run.process.send_signal(signal.SIGINT)
+    code, output = run.finish()
+    assert (code, "rollout-0 has left" in output) == (130, True)
+
+
+def test_a_replica_that_is_evicted_is_started_again(start) -> None:
+    run = start(steps=400)
+    run.wait_for_step(1)
+    run.wait_until(lambda: "rollout-0  serving  0 " in fleet(run))
+    evicted = run.pid("rollout-0")
+    assert fleet(run, "evict", "rollout-0").startswith("rollout-0 is evicted")
+    run.wait_until(lambda: run.pid("rollout-0") not in (None, evicted))
+    run.wait_until(lambda: "rollout-0  serving  0 " in fleet(run))
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish()[0] == 130
+
+
 def test_a_directory_is_used_by_one_launcher_at_a_time(start) -> None:
     first = start(steps=400)
     first.wait_for_step(1)

@@ -12,13 +12,16 @@ import httpx
 import pytest
 
 from retort.config import ConfigError
-from retort.queues import Evicted, RolloutQueue, connect_async
-from services.rollout.__main__ import EngineDied, _listen, _run
+from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
+from services.rollout.__main__ import EngineDied, _run, listen
+from services.rollout.app import make_app
+from services.rollout.control import make_control_app
 from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
 from services.rollout.sampler import Sampler
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
+from tests.integration.replica import AUTHORIZATION
 from tests.integration.test_sampler import GROUP_SIZE, Replica, ids, reward_service, work
 from tests.scripted_engine import ScriptedEngine, text_of
 
@@ -67,12 +70,12 @@ async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "
         lease_s=5.0,
         max_deliveries=2,
     )
-    listening = _listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening, control = listen("127.0.0.1", 0), listen("127.0.0.1", 0)
+    url, control_url = (f"http://127.0.0.1:{one.getsockname()[1]}" for one in (listening, control))
     one = Server(engine, receiver, sampler, run.trainer(), url=url)
-    running = asyncio.create_task(
-        _run(sampler, Presence("rollout-0", url, queue), receiver, engine, listening, one.draining)
-    )
+    presence = Presence("rollout-0", queue, http_url=url, control_url=control_url)
+    faces = [(make_app(receiver), listening), (make_control_app(receiver, AUTHORIZATION), control)]
+    running = asyncio.create_task(_run(sampler, presence, engine, faces, one.draining))
     try:
         yield one, running
     finally:
@@ -108,6 +111,30 @@ def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(
         asyncio.run(story(address))
 
 
+def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(run: Run) -> None:
+    async def story(reward_address: str) -> None:
+        async with server(run, reward_address) as (one, running):
+            await one.until_healthy()
+            await one.load(0)
+            one.engine.gate.clear()
+            await one.issue(work("in-hand"))
+            await one.until(lambda: one.samples() == GROUP_SIZE)
+
+            request_drain(run.redis, run.run_id, one.trainer.members()["rollout-0"])
+            await one.until(lambda: one.trainer.members()["rollout-0"].state == "draining")
+            await one.issue(work("too-late"))
+            await asyncio.sleep(1.5)  # longer than the sampler's wait for new work
+            assert not running.done()
+
+            one.engine.gate.set()
+            await asyncio.wait_for(running, 10)
+            assert ids(await one.finished()) == ["in-hand"]
+            assert await one.in_flight() == InFlight(waiting=1, leased=0, finished=1)
+
+    with reward_service(port=0) as address:
+        asyncio.run(story(address))
+
+
 def test_a_server_whose_engine_died_ends(run: Run, unused_port: int) -> None:
     async def story() -> None:
         async with server(run, f"127.0.0.1:{unused_port}") as (one, running):
@@ -136,4 +163,4 @@ def test_a_port_in_use_is_told_with_the_keys_of_the_run_file() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"rollout.port = {port}: Address already in use. Choose another, or 0."):
-            _listen("127.0.0.1", port)
+            listen("127.0.0.1", port)

@@ -331,12 +331,12 @@ def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(run: Run, reward
 def test_the_members_show_what_a_replica_serves_until_the_trainer_evicts_it(run: Run, reward_address: str) -> None:
     async def story() -> None:
         async with replica(run, reward_address) as one:
-            presence = Presence("rollout-0", "http://127.0.0.1:4711", one.sampler.queue)
+            presence = Presence("rollout-0", one.sampler.queue, http_url="http://127.0.0.1:1", control_url="")
             await presence.loading()
             member = one.trainer.members()["rollout-0"]
             assert (member.state, member.policy_version, member.pid) == ("loading", None, os.getpid())
 
-            following = asyncio.create_task(presence.follow(one.receiver, one.sampler))
+            following = asyncio.create_task(presence.follow(one.sampler, one.draining))
             await one.until(lambda: one.trainer.members()["rollout-0"].state == "serving")
             await one.load(1, commit=False)
             await one.until(lambda: one.trainer.members()["rollout-0"].waiting_for == "the trainer's weights")

@@ -4,6 +4,7 @@ One engine for the whole file, because starting one takes half a minute. Every t
 """
 
 import asyncio
+import copy
 import json
 import shutil
 import uuid
@@ -113,10 +114,10 @@ class Served:
         samples = (self.engine.sample(prompt_ids, sampling, seed, urgent=True) for seed in seeds)
         return await asyncio.gather(*samples)
 
-    def logits(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Tensor:
-        """[completion, vocabulary], from transformers."""
+    def logits(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], model: Any = None) -> Tensor:
+        """[completion, vocabulary], from transformers; of another model than the one that is served if one is given."""
         with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt_ids, *completion_ids]])).logits[0]
+            logits = (model or self.model)(torch.tensor([[*prompt_ids, *completion_ids]])).logits[0]
         return logits[len(prompt_ids) - 1 : -1]
 
     def gap(self, sampled: Sampled, prompt_ids: Sequence[int] = PROMPT) -> float:
@@ -217,8 +218,48 @@ def test_sequences_in_flight_survive_an_update_and_say_which_version_sampled_eac
     assert max(changed.gap(one) for one in mixed) < TOLERANCE
 
 
+@pytest.mark.parametrize("kv_on_update", ["keep", "recompute"])
+def test_what_becomes_of_the_kv_cache_of_sequences_in_flight(changed: Served, kv_on_update: str) -> None:
+    """A token is sampled by its version's weights. What it attends to is as the old weights made it, or made anew.
+
+    Under `recompute` the log-probs are therefore those of a model that holds the version's weights alone.
+    """
+    old = copy.deepcopy(changed.model)
+    changed.engine.kv_on_update = kv_on_update
+
+    async def update_after(delay_s: float) -> list[Sampled]:
+        sampling = asyncio.create_task(changed.sample(PROMPT, range(8), LONG))
+        await asyncio.sleep(delay_s)
+        changed.change(*KINDS, seed=1 + changed.version)
+        await changed.sync()
+        return await sampling
+
+    for delay_s in (0.1, 0.2, 0.4, 0.8):
+        old.load_state_dict(changed.model.state_dict())
+        mixed = [one for one in changed.wait(update_after(delay_s)) if len(set(one.policy_versions)) == 2]
+        if mixed:
+            break
+    assert mixed
+    new_gaps = []
+    for one in mixed:
+        switch = one.policy_versions.index(changed.version)
+        ids, sampled = torch.tensor(one.completion_ids), torch.tensor(one.logprobs)
+        positions = torch.arange(len(ids))
+        before = changed.logits(PROMPT, one.completion_ids, old).log_softmax(-1)[positions, ids] - sampled
+        after = changed.logits(PROMPT, one.completion_ids).log_softmax(-1)[positions, ids] - sampled
+        assert float(before[:switch].abs().max()) < TOLERANCE
+        new_gaps.append(float(after[switch:].abs().max()))
+    if kv_on_update == "recompute":
+        assert max(new_gaps) < TOLERANCE
+    else:
+        assert max(new_gaps) > 100 * TOLERANCE
+    # Neither leaves anything for a new request, which sees the new version alone.
+    assert changed.gap(changed.wait(changed.sample(PROMPT, [1]))[0]) < TOLERANCE
+    changed.engine.kv_on_update = "keep"
+
+
 def test_a_seed_names_a_completion_whatever_else_is_sampled(changed: Served) -> None:
-    scheduler = changed.engine._llm.vllm_config.scheduler_config
+    scheduler = changed.engine.llm.vllm_config.scheduler_config
     # With it, a seeded request that is caught in a partial prefill ends the engine on a CPU.
     assert not scheduler.enable_chunked_prefill
 

@@ -1,6 +1,7 @@
 """Weight syncs with real HTTP, a real broadcast and real members: only what was verified is ever served."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 
@@ -13,18 +14,21 @@ from retort.config import WeightSyncConfig
 from retort.queues import Evicted
 from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest
 from services.trainer.weight_sender import Probe, WeightSender
+from tests.integration.doomed_replica import a_doomed_replica
 from tests.integration.queue_run import Run
+from tests.integration.replica import AUTHORIZATION
 from tests.integration.torch_replica import TorchReplica, Weights, prompt_logprobs, untouched
 from tests.training import a_language_model
 
 PROBE_IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 DEADLINE_S = 3.0
+HEADERS = {"Authorization": AUTHORIZATION}
 TENSORS_ONE_BY_ONE = 1e-6
 
 
 def a_sender(run: Run, epoch: int = 1) -> WeightSender:
     config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4)
-    return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo")
+    return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo", authorization=AUTHORIZATION)
 
 
 def publish(sender: WeightSender, version: int, *, bucket_mib: float = 0.004) -> torch.nn.Module:
@@ -165,6 +169,24 @@ def test_a_replica_that_is_silent_in_a_phase_is_named_and_costs_the_others_its_d
     assert "ReadTimeout" in reason
 
 
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize("phase", ["prepare", "transfer", "probe", "commit"])
+def test_a_process_that_is_stopped_or_killed_in_a_phase_costs_the_others_its_deadline(
+    run: Run, caplog: pytest.LogCaptureFixture, phase: str, number: signal.Signals
+) -> None:
+    sender = a_sender(run)
+    with a_doomed_replica(run, phase, number), TorchReplica(run, "well") as well:
+        policy = publish(sender, 0)
+        start = time.monotonic()
+        assert sender.sync() == 1
+        assert time.monotonic() - start < DEADLINE_S + 2.0
+        assert_holds(well, policy)
+        assert well.says_it_serves(0)
+    assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", phase)]
+    # A broadcast that failed for one has failed for all, and is repeated for those who are left.
+    assert well.calls.count("transfer") == (2 if phase == "transfer" else 1)
+
+
 def test_a_replica_that_breaks_the_broadcast_for_all_is_found_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     def break_off(number: int, _: Tensor) -> None:
         if number == 2:
@@ -227,7 +249,7 @@ def test_a_replica_refuses_a_trainer_that_was_replaced(run: Run) -> None:
         publish(newer, 5)
         assert newer.sync() == 1
         late_word = PrepareRequest(epoch=1, version=6, manifest=WeightManifest(buckets=[]))
-        answer = httpx.post(f"{replica.url}/weights/prepare", content=late_word.to_bytes())
+        answer = httpx.post(f"{replica.url}/weights/prepare", content=late_word.to_bytes(), headers=HEADERS)
         assert answer.status_code == 409
         assert answer.text == "prepare: trainer epoch 1 is over: epoch 2 has taken over"
         assert replica.says_it_serves(5)

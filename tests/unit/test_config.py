@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 80
+MOST_FIELDS = 81
 
 
 @pytest.fixture

@@ -54,12 +54,9 @@ def digest_of(lanes: list[int]) -> int:
 
 def received_from(snapshot: Snapshot) -> list[tuple[str, torch.Tensor]]:
     """What `receive` would make of the snapshot's bytes."""
-    group = Loopback(snapshot)
-    pairs = []
-    for tensors, digest in receive(group, snapshot.manifest, torch.device("cpu"), timeout_s=1.0):  # type: ignore[arg-type]
-        assert digest == snapshot.digests[group.received - 1]
-        pairs += tensors
-    return pairs
+    received = list(receive(Loopback(snapshot), snapshot.manifest, torch.device("cpu"), timeout_s=1.0))  # type: ignore[arg-type]
+    assert [digest for _, digest in received] == snapshot.digests
+    return [pair for tensors, _ in received for pair in tensors]
 
 
 class Loopback:
@@ -135,6 +132,15 @@ def test_the_digest_is_the_sum_of_the_lanes_times_odd_numbers() -> None:
     assert digest_of([1]) == factor
     assert digest_of([5, 1]) == (5 + 3) * factor % 2**64
     assert digest_of([2**32]) == (2**32 + 1) * factor % 2**64  # the upper half is folded into the lower
+
+
+def test_the_digest_of_a_large_bucket_is_that_of_its_lanes_too() -> None:
+    """It is computed in pieces: lane i counts (2 i + 1)-fold wherever a piece begins."""
+    last = 5 * 2**14 + 3
+    lanes = torch.zeros(last + 1, dtype=torch.int64)
+    lanes[[1, 2**14, last]] = torch.tensor([7, 11, 13])
+    expected = 7 * 3 + 11 * (2 * 2**14 + 1) + 13 * (2 * last + 1)
+    assert bucket_digest(lanes.view(torch.uint8)) == expected * digest_of([1]) % 2**64
 
 
 @given(lanes=LANES, data=st.data())

@@ -1,0 +1,123 @@
+"""`python -m benchmarks.weight_sync`: the weight transfer beside a bare broadcast of the same bytes, over gloo.
+
+Receivers are processes that do what a vLLM worker does with the wire: receive every bucket, digest it, copy its tensors
+into a model. Bare: the same buckets broadcast into a buffer, and nothing else. Both take turns in one run; the least of
+the repetitions counts, because other work on the machine only ever adds to it.
+"""
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from retort.weight_sync import (
+    Snapshot,
+    TensorSpec,
+    WeightManifest,
+    broadcast,
+    open_process_group,
+    receive,
+    send,
+)
+
+TIMEOUT_S = 120.0
+CPU = torch.device("cpu")
+Measured = dict[str, list[float]]
+
+
+def manifest_of(mib: int, bucket_mib: int) -> WeightManifest:
+    """A model of about `mib` MiB in bfloat16: layers of seven matrices, as large as those of a 4B model."""
+    shapes = [[4096, 2560], [1024, 2560], [1024, 2560], [2560, 4096], [9728, 2560], [9728, 2560], [2560, 9728]]
+    specs: list[TensorSpec] = []
+    while sum(spec.num_bytes for spec in specs) < mib * 2**20:
+        number = len(specs)
+        specs.append(TensorSpec(name=f"{number}", shape=shapes[number % len(shapes)], dtype="bfloat16"))
+    return WeightManifest.of(specs, bucket_mib * 2**20)
+
+
+def tensors_of(manifest: WeightManifest) -> Iterator[tuple[str, Tensor]]:
+    for spec in (spec for bucket in manifest.buckets for spec in bucket):
+        yield spec.name, torch.full(spec.shape, float(len(spec.name)))
+
+
+def receiver(port: int, rank: int, size: int, repeats: int, manifest: WeightManifest, done: Connection) -> None:
+    torch.set_num_threads(1)
+    store = TCPStore("127.0.0.1", port)
+    model = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16) for b in manifest.buckets for spec in b}
+    bucket_bytes = [sum(spec.num_bytes for spec in bucket) for bucket in manifest.buckets]
+    buffer = torch.empty(max(bucket_bytes), dtype=torch.uint8)
+    for number in range(repeats):
+        group = open_process_group("gloo", store, f"bare {number}", rank=rank, world_size=size, timeout_s=TIMEOUT_S)
+        for num_bytes in bucket_bytes:
+            broadcast(group, buffer[:num_bytes], TIMEOUT_S)
+        done.send(())
+        group = open_process_group("gloo", store, f"sync {number}", rank=rank, world_size=size, timeout_s=TIMEOUT_S)
+        digests = []
+        for tensors, digest in receive(group, manifest, CPU, TIMEOUT_S):
+            for name, tensor in tensors:
+                model[name].copy_(tensor)
+            digests.append(digest)
+        done.send(digests)
+
+
+def measure(num_receivers: int, manifest: WeightManifest, repeats: int) -> Measured:
+    """Seconds of each repetition: taking the snapshot, opening the group, the bare broadcast, the transfer."""
+    context = multiprocessing.get_context("spawn")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world_size = 1 + num_receivers
+    pipes = []
+    for rank in range(1, world_size):
+        ours, theirs = context.Pipe()
+        arguments = (store.port, rank, world_size, repeats, manifest, theirs)
+        context.Process(target=receiver, args=arguments, daemon=True).start()
+        pipes.append(ours)
+    measured: Measured = {"snapshot": [], "open": [], "bare": [], "transfer": []}
+    for number in range(repeats):
+        start = time.perf_counter()
+        snapshot = Snapshot.take(number, manifest, tensors_of(manifest))
+        measured["snapshot"].append(time.perf_counter() - start)
+        for kind, name in (("bare", "bare"), ("transfer", "sync")):
+            start = time.perf_counter()
+            group = open_process_group(
+                "gloo", store, f"{name} {number}", rank=0, world_size=world_size, timeout_s=TIMEOUT_S
+            )
+            measured["open"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            if kind == "bare":
+                for bucket in snapshot.buckets:
+                    broadcast(group, bucket, TIMEOUT_S)
+            else:
+                send(group, snapshot, TIMEOUT_S)
+            answers = [pipe.recv() for pipe in pipes]
+            measured[kind].append(time.perf_counter() - start)
+            assert kind == "bare" or answers == [snapshot.digests] * num_receivers
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync", description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the model")
+    parser.add_argument("--bucket-mib", type=int, default=256)
+    parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=4)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    manifest = manifest_of(args.mib, args.bucket_mib)
+    gigabytes = sum(spec.num_bytes for bucket in manifest.buckets for spec in bucket) / 1e9
+    print(f"{gigabytes:.2f} GB in {len(manifest.buckets)} buckets, least of {args.repeats}")
+    print("receivers  snapshot  open group  bare     transfer  ratio")
+    for count in args.receivers:
+        least = {phase: min(seconds) for phase, seconds in measure(count, manifest, args.repeats).items()}
+        print(
+            f"{count:<9}  {least['snapshot']:<8.2f}  {least['open']:<10.3f}  {least['bare']:<7.2f}  "
+            f"{least['transfer']:<8.2f}  {least['transfer'] / least['bare']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
