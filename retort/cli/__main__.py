@@ -21,6 +21,7 @@ COMMANDS = {
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "score": ("retort.cli.score", "send a file of completions through the reward service"),
     "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
+    "env": ("retort.cli.env", "print what a bug report needs: versions, machine, settings; no secrets"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from retort.config import ConfigError, RunConfig, load_config
 from retort.queues import Evicted, RolloutQueue, connect_async
-from retort.telemetry import log_event, start_logging
+from retort.telemetry import log_event, log_with, start_logging
 from services.rollout.app import make_app
 from services.rollout.engine import Engine
 from services.rollout.presence import Presence
@@ -35,6 +35,7 @@ def main() -> int:
     start_logging(args.name)
     try:
         config = load_config(args.config)
+        log_with(run=config.key_prefix)
         asyncio.run(serve(config, args.name, args.advertise or config.rollout.host))
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)

@@ -13,6 +13,7 @@ import msgspec
 from retort.config import RunConfig
 from retort.questions import Question, question_text
 from retort.rollouts import RolloutGroup
+from retort.telemetry import log_with
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.metrics import step_metrics, validation_metrics_of
@@ -107,6 +108,7 @@ class RunJournal(Journal):
         fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
         place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
         self._set_progress(**fields, **place)
+        log_with(step=place["step"], version=self._version)
         gauges.PROGRESS.set(now)
 
     def beat(self) -> None:
