@@ -12,6 +12,7 @@ COMMANDS = {
     "run": ("retort.cli.run", "train: start every service on this machine, watch over them, stop them"),
     "status": ("retort.cli.status", "show what a run is doing"),
     "report": ("retort.cli.report", "write a run's report.html"),
+    "ui": ("retort.cli.ui", "serve a run's report while the run goes on"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
     "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),
