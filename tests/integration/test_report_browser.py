@@ -51,8 +51,10 @@ def write_step(run_dir: Path, groups: int) -> None:
             rollouts[0] |= {"format_ok": False, "parsed": ""}
         lines.append(a_group(*rollouts, data_index=index, question=f"Question {index}?"))
     write_lines(run_dir / "rollouts/step-000001.jsonl", lines)
-    timed = {"step": 1, "time": 1000.0, "timing_s/wait_groups": 3.0, "timing_s/update": 2.0, "critic/score/mean": 0.5}
-    write_lines(run_dir / "metrics.jsonl", [timed, timed | {"step": 2, "time": 1005.0}])
+    write_lines(run_dir / "metrics.jsonl", [{"step": step, "critic/score/mean": 0.5} for step in (1, 2)])
+    ended = {"wait_groups": 3.0, "update": 5.0}
+    spans = [{"part": part, "step": 1, "end": 1000.0 + end, "seconds": 2.0} for part, end in ended.items()]
+    write_lines(run_dir / "timeline.jsonl", spans)
 
 
 def shown_panels(page: Page) -> list[str]:

@@ -60,6 +60,19 @@ class _GroupRewards(msgspec.Struct, frozen=True):
     rollouts: list[_RewardLine]
 
 
+class Span(msgspec.Struct, frozen=True):
+    """A part of a step, as the trainer wrote it down when it ended; times in seconds, since 1970 for `end`."""
+
+    part: str
+    step: int
+    end: float
+    seconds: float
+
+    @property
+    def start(self) -> float:
+        return self.end - self.seconds
+
+
 @dataclass(frozen=True)
 class Validation:
     """One validation: every question's mean reward, and the full completions of a few questions."""
@@ -86,6 +99,8 @@ class Run:
     config_text: str
     metrics: Sequence[Mapping[str, float]]
     """One mapping a step, ascending; finite numbers only."""
+    spans: Sequence["Span"]
+    """When each part of each step ran, repeated steps included."""
     status: Mapping[str, Any]
     training: Sequence[TrainingStep]
     """The first and the last step, or the only one, or none."""
@@ -126,6 +141,7 @@ def read_run(directory: Path) -> Run:
         config=_config(config_file),
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
         metrics=_metrics(directory / "metrics.jsonl"),
+        spans=[*_parsed(directory / "timeline.jsonl", Span)],
         status=read_run_status(directory),
         training=[TrainingStep(step, _informative_groups(file)) for step, file in _ends(rollout_files)],
         validations=_validations(_ends(validation_files)),

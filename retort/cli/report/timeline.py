@@ -3,13 +3,14 @@
 import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from retort.cli.report.charts import HEIGHT, nice_ticks, number
-from retort.cli.report.run_files import Run
+from retort.cli.report.run_files import Run, Span
 
 LANES = (
     ("checkpoint", "saving", "trainer", 7),
@@ -21,9 +22,11 @@ LANES = (
     ("weight_sync", "weight sync", "both", 5),
     ("validation", "validation", "rollout", 6),
 )
-"""(timing, label, which service works, colour), in the order of a step; saving is that of the step before."""
+"""(part, label, which service works, colour), in the order of a step."""
 LAST_STEPS = 8
 MAX_EVENTS = 200
+MAX_SPANS = 10_000
+"""Of a longer run the last; a page must stay small."""
 LIFE = {"took_over", "resumed", "ready", "engine_loaded", "draining", "stopped", "ended"}
 """Events that are shown although they are no warnings."""
 EVENT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.\d{3} ([A-Z]+) (\S+) (\w+)(?: (.*))?")
@@ -45,18 +48,11 @@ class Event:
         return self.level != "INFO"
 
 
-@dataclass(frozen=True)
-class Span:
-    step: float
-    start: float
-    end: float
-
-
 def timeline(run: Run) -> str:
-    spans = {name: [*_spans(run.metrics, name)] for name, *_ in LANES}
+    spans = {name: [span for span in run.spans[-MAX_SPANS:] if span.part == name] for name, *_ in LANES}
     events = read_events(run.directory / "logs")
     if not any(spans.values()):
-        return f'<p class="empty">No step has been logged yet.</p>{_table(events, None)}'
+        return f'<p class="empty">The trainer has not finished any part of a step yet.</p>{_table(events, None)}'
     first = min(span.start for lane in spans.values() for span in lane)
     parts = [_figure("The whole run", spans, events, first)]
     steps = sorted({span.step for lane in spans.values() for span in lane})
@@ -79,19 +75,6 @@ def _events_of(file: Path) -> Iterator[Event]:
             moment, level, service, name, fields = match.groups()
             at = time.mktime(time.strptime(moment, "%Y-%m-%dT%H:%M:%S"))
             yield Event(at, level, service, name, fields or "")
-
-
-def _spans(metrics: Sequence[Mapping[str, float]], wanted: str) -> Iterator[Span]:
-    """When a part ran: the parts of a step follow one another, and the line is written at its end."""
-    for line in metrics:
-        if "time" not in line:
-            continue
-        seconds = {name: line.get(f"timing_s/{name}", 0.0) for name, *_ in LANES}
-        start = line["time"] - sum(seconds.values())
-        for name, length in seconds.items():
-            if name == wanted and length > 0:
-                yield Span(line["step"], start, start + length)
-            start += length
 
 
 def _figure(title: str, spans: Mapping[str, Sequence[Span]], events: Sequence[Event], zero: float) -> str:
@@ -134,14 +117,19 @@ def _figure(title: str, spans: Mapping[str, Sequence[Span]], events: Sequence[Ev
 def _hover(
     spans: Mapping[str, Sequence[Span]], shown: Sequence[tuple[str, str, str, int]], x: Callable[[float], float]
 ) -> str:
-    steps = sorted({span.step for lane in spans.values() for span in lane})
-    ends = {step: [s for lane in spans.values() for s in lane if s.step == step] for step in steps}
-    middle = [(min(s.start for s in ends[step]) + max(s.end for s in ends[step])) / 2 for step in steps]
-    series = []
-    for name, label, _, colour in shown:
-        seconds = {span.step: f"{span.end - span.start:.2f} s" for span in spans[name]}
-        series.append([label, colour, [seconds.get(step, "") for step in steps]])
-    at = [round(x(moment) / HEIGHT, 4) for moment in middle]
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    lengths: defaultdict[tuple[str, int], float] = defaultdict(float)
+    for span in (span for lane in spans.values() for span in lane):
+        first[span.step] = min(first.get(span.step, span.start), span.start)
+        last[span.step] = max(last.get(span.step, span.end), span.end)
+        lengths[span.part, span.step] += span.seconds
+    steps = sorted(first)
+    series = [
+        [label, colour, [f"{lengths[name, step]:.2f} s" if (name, step) in lengths else "" for step in steps]]
+        for name, label, _, colour in shown
+    ]
+    at = [round(x((first[step] + last[step]) / 2) / HEIGHT, 4) for step in steps]
     return json.dumps({"x": [f"{step:,.0f}" for step in steps], "at": at, "series": series})
 
 

@@ -4,21 +4,29 @@ import time
 from pathlib import Path
 
 from retort.cli.report.run_files import read_run
-from retort.cli.report.timeline import Span, _spans, read_events, timeline
+from retort.cli.report.timeline import read_events, timeline
 from tests.unit.cli.test_report import write_lines
 
-LINE = {"step": 3, "time": 1000.0, "timing_s/wait_groups": 4.0, "timing_s/update": 2.0, "timing_s/weight_sync": 1.0}
+START = 1_000_000.0
 
 
-def test_the_parts_of_a_step_follow_one_another_up_to_the_time_of_its_line() -> None:
-    assert [*_spans([LINE], "wait_groups")] == [Span(3, 993.0, 997.0)]
-    assert [*_spans([LINE], "update")] == [Span(3, 997.0, 999.0)]
-    assert [*_spans([LINE], "weight_sync")] == [Span(3, 999.0, 1000.0)]
-    assert [*_spans([LINE], "teacher")] == []
+def parts(*lengths: tuple[str, float]) -> list[dict[str, object]]:
+    """Parts of step 3, one after the other from START on."""
+    lines, end = [], START
+    for name, seconds in lengths:
+        end += seconds
+        lines.append({"part": name, "step": 3, "end": end, "seconds": seconds})
+    return lines
+
+
+def test_a_part_that_comes_twice_in_a_step_is_two_spans(tmp_path: Path) -> None:
+    write_lines(tmp_path / "timeline.jsonl", parts(("wait_groups", 4.0), ("update", 2.0), ("wait_groups", 1.0)))
+    spans = [(span.part, span.start - START, span.end - START) for span in read_run(tmp_path).spans]
+    assert spans == [("wait_groups", 0.0, 4.0), ("update", 4.0, 6.0), ("wait_groups", 6.0, 7.0)]
 
 
 def test_a_lane_says_its_share_of_the_time_and_which_service_works(tmp_path: Path) -> None:
-    write_lines(tmp_path / "metrics.jsonl", [LINE])
+    write_lines(tmp_path / "timeline.jsonl", parts(("wait_groups", 4.0), ("update", 2.0), ("weight_sync", 1.0)))
     page = timeline(read_run(tmp_path))
     assert "waiting for rollouts <b>57%</b><small>rollout</small>" in page
     assert "updates <b>29%</b><small>trainer</small>" in page
@@ -44,4 +52,4 @@ def test_warnings_and_what_begins_or_ends_are_read_from_the_logs(tmp_path: Path)
 
 
 def test_a_run_without_steps_has_a_timeline_that_says_so(tmp_path: Path) -> None:
-    assert "No step has been logged yet" in timeline(read_run(tmp_path))
+    assert "has not finished any part" in timeline(read_run(tmp_path))
