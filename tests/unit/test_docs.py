@@ -40,6 +40,7 @@ NOT_RUN = {
         "docs/extending.md",
         "cp configs",
     ): "trains on questions of the reader; tests/e2e/test_run.py trains on the demo's",
+    ("docs/data.md", "retort run"): "trains on questions of the reader; tests/e2e/test_run.py trains on the demo's",
     ("docs/index.md", "make demo"): "trains for minutes; tests/e2e/test_run.py",
     ("docs/operations.md", "retort run"): "trains for minutes; tests/e2e/test_run.py",
     ("docs/reference-run.md", "retort prepare"): "downloads, and trains on eight GPUs for hours",
