@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose check proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose check docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,10 +39,16 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose
 
-check: setup  ## ruff, mypy --strict, architecture
+check: setup docs  ## ruff, mypy --strict, architecture, documentation, wheel
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/unit/test_architecture.py
+	$(BIN)/pytest tests/unit/test_architecture.py tests/unit/test_docs.py tests/unit/test_distribution.py
+
+docs: setup  ## the documentation site, in build/site; refuses a broken link
+	$(BIN)/mkdocs build --quiet --strict
+
+dist: setup  ## wheel and sdist, in dist/
+	$(BIN)/python -m uv build --quiet --no-build-isolation
 
 proto: setup  ## compile proto/ into retort/proto/
 	$(BIN)/python -m grpc_tools.protoc -Iretort/proto=proto --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -13,6 +13,7 @@ COMMANDS = {
     "status": ("retort.cli.status", "show what a run is doing"),
     "fleet": ("retort.cli.fleet", "list a run's rollout replicas, drain or evict one"),
     "report": ("retort.cli.report", "write a run's report.html"),
+    "ui": ("retort.cli.ui", "serve a run's report while the run goes on"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
     "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),
@@ -22,6 +23,7 @@ COMMANDS = {
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "score": ("retort.cli.score", "send a file of completions through the reward service"),
     "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
+    "env": ("retort.cli.env", "print what a bug report needs: versions, machine, settings; no secrets"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }
 

@@ -13,12 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     for package in PACKAGES:
-        print(f"{package:14}{_version(package)}")
+        print(f"{package:14}{installed_version(package)}")
     print(f"{'python':14}{platform.python_version()}")
     return 0
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from retort.config import ConfigError, RunConfig, load_config
 from retort.queues import Evicted, RolloutQueue, connect_async
-from retort.telemetry import log_event, start_logging
+from retort.telemetry import log_event, log_with, start_logging
 from retort.weight_sync import authorization
 from services.rollout.app import make_app
 from services.rollout.control import make_control_app
@@ -38,6 +38,7 @@ def main() -> int:
     start_logging(args.name)
     try:
         config = load_config(args.config)
+        log_with(run=config.key_prefix)
         asyncio.run(serve(config, args.name, args.advertise or config.rollout.host))
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)

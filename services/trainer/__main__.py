@@ -22,7 +22,7 @@ from retort.config import ConfigError, RunConfig, load_config
 from retort.questions import Question, questions_of
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.rollouts import RolloutGroup
-from retort.telemetry import die_with_parent, log_event, start_logging
+from retort.telemetry import die_with_parent, log_event, log_with, start_logging
 from retort.weight_sync import authorization
 from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch, assemble
@@ -50,7 +50,9 @@ def main() -> int:
     start_logging("trainer")
     die_with_parent()
     try:
-        return run(load_config(args.config))
+        config = load_config(args.config)
+        log_with(run=config.key_prefix)
+        return run(config)
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)
         return error.exit_code

@@ -13,6 +13,7 @@ import msgspec
 from retort.config import RunConfig
 from retort.questions import Question, question_text
 from retort.rollouts import RolloutGroup
+from retort.telemetry import log_with
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.metrics import step_metrics, validation_metrics_of
@@ -45,7 +46,12 @@ class Journal:
         self.show(PHASES[name], waiting_for, step)
         start = time.perf_counter()
         yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.keep_span(name, seconds)
+
+    def keep_span(self, name: str, seconds: float) -> None:
+        """A part of a step that has just ended."""
 
     def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
         """Say what the trainer is doing."""
@@ -107,7 +113,14 @@ class RunJournal(Journal):
         fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
         place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
         self._set_progress(**fields, **place)
+        log_with(step=place["step"], version=self._version)
         gauges.PROGRESS.set(now)
+
+    def keep_span(self, name: str, seconds: float) -> None:
+        # A streamed step has parts several times, and their sums do not tell when. What is saved is the step before.
+        step = self._version + (name != "checkpoint")
+        with (self._directory / "timeline.jsonl").open("a") as file:
+            file.write(json.dumps({"part": name, "step": step, "end": time.time(), "seconds": seconds}) + "\n")
 
     def beat(self) -> None:
         now = time.time()

@@ -1,6 +1,7 @@
 """The exit code of a trainer process reaches whoever started torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,20 @@ def test_the_first_failure_decides_the_exit_code(tmp_path: Path, last_act: str, 
     )
     assert run.returncode == exit_code, run.stderr
     assert run.stderr.strip() == said
+
+
+def test_a_request_for_stacks_is_passed_on_to_the_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import time\nfrom retort.telemetry import start_logging\nstart_logging('trainer')\n"
+        "def wait_here():\n    print('ready', flush=True)\n    time.sleep(60)\nwait_here()\n"
+    )
+    command = [sys.executable, "-m", "retort.cli.torchrun", "--nproc-per-node", "1", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGUSR1)
+        assert any("in wait_here" in line for line in run.stderr)
+        run.terminate()

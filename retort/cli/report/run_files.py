@@ -13,8 +13,10 @@ import msgspec
 from retort.config import ConfigError, RunConfig, load_config
 
 QUESTIONS_SHOWN = 6
-GROUPS_SCANNED = 256
-"""A step of a large run is a file of gigabytes: look for questions to show among its first so many groups only."""
+"""Of a validation; of a training step as many as the page has room for."""
+GROUPS_READ = 256
+TOKENS_READ = 2_000_000
+"""A step of a large run is a file of gigabytes: only its first groups are read, up to either number."""
 
 Line = TypeVar("Line", bound=msgspec.Struct)
 
@@ -28,6 +30,7 @@ class RolloutLine(msgspec.Struct, frozen=True):
     reward: float
     parsed: str
     text: str
+    format_ok: bool = True
     advantage: float | None = None
     demonstration: int | None = None
     """Index of the sibling whose solution the teacher saw."""
@@ -57,6 +60,19 @@ class _GroupRewards(msgspec.Struct, frozen=True):
     rollouts: list[_RewardLine]
 
 
+class Span(msgspec.Struct, frozen=True):
+    """A part of a step, as the trainer wrote it down when it ended; times in seconds, since 1970 for `end`."""
+
+    part: str
+    step: int
+    end: float
+    seconds: float
+
+    @property
+    def start(self) -> float:
+        return self.end - self.seconds
+
+
 @dataclass(frozen=True)
 class Validation:
     """One validation: every question's mean reward, and the full completions of a few questions."""
@@ -70,7 +86,8 @@ class Validation:
 @dataclass(frozen=True)
 class TrainingStep:
     step: int
-    shown: Sequence[GroupLine]
+    groups: Sequence[GroupLine]
+    """Those that teach first."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,8 @@ class Run:
     config_text: str
     metrics: Sequence[Mapping[str, float]]
     """One mapping a step, ascending; finite numbers only."""
+    spans: Sequence["Span"]
+    """When each part of each step ran, repeated steps included."""
     status: Mapping[str, Any]
     training: Sequence[TrainingStep]
     """The first and the last step, or the only one, or none."""
@@ -122,7 +141,8 @@ def read_run(directory: Path) -> Run:
         config=_config(config_file),
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
         metrics=_metrics(directory / "metrics.jsonl"),
-        status=_status(directory / "status.json"),
+        spans=[*_parsed(directory / "timeline.jsonl", Span)],
+        status=read_run_status(directory),
         training=[TrainingStep(step, _informative_groups(file)) for step, file in _ends(rollout_files)],
         validations=_validations(_ends(validation_files)),
     )
@@ -135,9 +155,10 @@ def _config(path: Path) -> RunConfig | None:
         return None
 
 
-def _status(path: Path) -> dict[str, Any]:
+def read_run_status(directory: Path) -> dict[str, Any]:
+    """What the launcher last wrote of the run; empty where it is missing or not whole."""
     try:
-        status = json.loads(path.read_bytes())
+        status = json.loads((directory / "status.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
@@ -187,16 +208,14 @@ def _spread(items: Sequence[int], count: int) -> list[int]:
 
 def _informative_groups(path: Path) -> list[GroupLine]:
     """Groups with right and wrong completions first: only these have advantages other than zero."""
-    mixed: list[GroupLine] = []
-    uniform: list[GroupLine] = []
-    for scanned, group in enumerate(_parsed(path, GroupLine)):
-        if len(mixed) == QUESTIONS_SHOWN or scanned == GROUPS_SCANNED:
+    groups: list[GroupLine] = []
+    tokens = 0
+    for group in _parsed(path, GroupLine):
+        groups.append(group)
+        tokens += sum(len(rollout.completion_ids) for rollout in group.rollouts)
+        if len(groups) == GROUPS_READ or tokens >= TOKENS_READ:
             break
-        if len(set(group.rewards)) > 1:
-            mixed.append(group)
-        elif len(uniform) < QUESTIONS_SHOWN:
-            uniform.append(group)
-    return (mixed + uniform)[:QUESTIONS_SHOWN]
+    return sorted(groups, key=lambda group: len(set(group.rewards)) == 1)
 
 
 def _parsed(path: Path, kind: type[Line]) -> Iterator[Line]:

@@ -225,7 +225,7 @@ def test_questions_that_teach_come_first(run_dir: Path) -> None:
     groups = [a_group(right, right, data_index=7), a_group(right, wrong, data_index=8)]
     write_lines(run_dir / "rollouts/step-000001.jsonl", groups)
     (step,) = read_run(run_dir).training
-    assert [group.data_index for group in step.shown] == [8, 7]
+    assert [group.data_index for group in step.groups] == [8, 7]
 
 
 def test_equal_completions_of_a_validation_stand_together(run_dir: Path) -> None:

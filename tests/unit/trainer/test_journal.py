@@ -54,6 +54,25 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_every_part_of_a_step_is_a_line_of_the_timeline(
+    mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]
+) -> None:
+    journal = a_journal(tmp_path, progress)
+    for name in ("wait_groups", "update", "wait_groups", "update"):
+        with journal.timing(name):
+            pass
+    record(journal, a_step(1))
+    with journal.timing("checkpoint"):
+        pass
+    spans = lines(tmp_path / "timeline.jsonl")
+    assert [(span["part"], span["step"]) for span in spans] == [
+        *[("wait_groups", 1), ("update", 1)] * 2,
+        ("checkpoint", 1),
+    ]
+    ends = [span["end"] for span in spans]
+    assert ends == sorted(ends)
+
+
 def test_a_step_is_one_line_of_metrics(mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]) -> None:
     journal = a_journal(tmp_path, progress)
     journal.record_untrained()
