@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose check docs dist proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts check docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose
+
+test-hosts: setup  ## replicas on another host (a network namespace; needs root), cut off and back (not in `make test`)
+	$(BIN)/pytest -m hosts tests/hosts
 
 check: setup docs  ## ruff, mypy --strict, architecture, documentation, wheel
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
-
 from tests.integration.queue_run import Run
 from tests.integration.torch_replica import TorchReplica
 
@@ -48,11 +46,6 @@ def a_doomed_replica(run: Run, phase: str, number: signal.Signals) -> Iterator[N
     try:
         assert ours.poll(READY_WITHIN_S), f"no replica within {READY_WITHIN_S:g} s"
         yield
-        if number == signal.SIGSTOP:
-            assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-        else:
-            process.join(10)
-            assert process.exitcode == -number
     finally:
         process.kill()
         process.join(10)

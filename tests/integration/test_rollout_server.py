@@ -122,8 +122,8 @@ def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(r
 
             request_drain(run.redis, run.run_id, one.trainer.members()["rollout-0"])
             await one.until(lambda: one.trainer.members()["rollout-0"].state == "draining")
-            await one.issue(work("too-late"))
             await asyncio.sleep(1.5)  # longer than the sampler's wait for new work
+            await one.issue(work("too-late"))
             assert not running.done()
 
             one.engine.gate.set()
