@@ -60,9 +60,7 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
     presence = Presence(name, f"http://{advertise}:{listening.getsockname()[1]}", queue)
     await presence.loading()
 
-    from services.rollout.vllm_engine import VLLMEngine
-
-    engine = VLLMEngine(config)
+    engine = _engine(config)
     try:
         reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
         receiver = WeightReceiver(engine)
@@ -119,6 +117,18 @@ async def _run(
 async def _end_with(engine: Engine) -> None:
     await engine.wait_until_dead()
     raise EngineDied("the engine's process ended; its last words are above")
+
+
+def _engine(config: RunConfig) -> Engine:
+    """Only the one that is used is imported; either takes seconds."""
+    if config.rollout.engine == "simulated":
+        from services.rollout.simulated_engine import SimulatedEngine
+
+        log_event("simulated_engine", logging.WARNING, message="completions are random letters; nothing is learned")
+        return SimulatedEngine(config)
+    from services.rollout.vllm_engine import VLLMEngine
+
+    return VLLMEngine(config)
 
 
 def _listen(host: str, port: int) -> socket.socket:
