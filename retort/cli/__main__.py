@@ -11,6 +11,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "run": ("retort.cli.run", "train: start every service on this machine, watch over them, stop them"),
     "status": ("retort.cli.status", "show what a run is doing"),
+    "doctor": ("retort.cli.doctor", "say who waits for whom, since when, why, and what helps"),
+    "dead": ("retort.cli.dead", "look at work that was set aside; replay or drop it"),
     "report": ("retort.cli.report", "write a run's report.html"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),

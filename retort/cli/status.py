@@ -6,9 +6,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retort.config import ConfigError
+
+if TYPE_CHECKING:
+    from retort.config import RunConfig
+    from retort.queues import Member, RunView
 
 STATUS_FILE = "status.json"
 
@@ -58,18 +62,31 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
         return []
     from redis.exceptions import RedisError
 
-    from retort.cli.preflight import redis_url
-    from retort.cli.process_table import open_redis
     from retort.config import load_config
-    from retort.queues import RunView
 
-    config = load_config(directory / "config.toml")
-    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
-    url = f"redis://{embedded[0]}/0" if embedded else redis_url(config)
     try:
-        members = RunView(open_redis(url), config.key_prefix).members()
+        return replicas_shown(open_view(load_config(directory / "config.toml"), status).members())
     except (RedisError, ValueError):
         return []
+
+
+def open_view(config: "RunConfig", status: Mapping[str, Any]) -> "RunView":
+    """A look into the Redis of a run: the one that its launcher started, else the one that its file names."""
+    from retort.cli.preflight import redis_url
+    from retort.cli.process_table import open_redis
+    from retort.queues import RunView
+
+    return RunView(open_redis(embedded_redis(status) or redis_url(config)), config.key_prefix)
+
+
+def embedded_redis(status: Mapping[str, Any]) -> str:
+    """Address of the Redis that the launcher started; empty if it started none."""
+    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
+    return f"redis://{embedded[0]}/0" if embedded else ""
+
+
+def replicas_shown(members: "Mapping[str, Member]") -> list[dict[str, Any]]:
+    """What is shown of each replica."""
     return [
         {
             "name": name,

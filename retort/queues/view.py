@@ -3,7 +3,8 @@
 from redis import Redis
 
 from retort.queues import replies
-from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy
+from retort.queues.connection import call
+from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy, checksum
 from retort.rollouts import Message
 
 
@@ -45,6 +46,10 @@ class RunView:
         """Everything that was ever set aside in this run, oldest first."""
         return replies.dead(self._redis.xrange(self._keys("dead")))
 
+    def dead_bytes(self, entry_id: str) -> bytes:
+        """What was set aside, as it lay in the queue. Raises LookupError if there is no such entry."""
+        return replies.dead_bytes(self._redis.xrange(self._keys("dead"), entry_id, entry_id))
+
     def stop_requested(self) -> str | None:
         """Why the run should end, or None."""
         reason = self._redis.get(self._keys("stop"))
@@ -83,3 +88,16 @@ def request_stop(redis: Redis, run: str, reason: str) -> None:
 def clear_stop(redis: Redis, run: str) -> None:
     """Forget the request to stop, before a run is resumed."""
     redis.delete(Keys(run)("stop"))
+
+
+def replay_dead(redis: Redis, run: str, entry_id: str) -> bool:
+    """Put work that was set aside back into its queue, as if it were new. False if its group is there already."""
+    view, keys = RunView(redis, run), Keys(run)
+    work = next(work for work in view.dead() if work.entry_id == entry_id)
+    crc = checksum(work.group_id, view.dead_bytes(entry_id))
+    return bool(call(redis, "replay", keys.of_functions(), entry_id, crc))
+
+
+def drop_dead(redis: Redis, run: str, entry_id: str) -> None:
+    """Forget an entry that was set aside."""
+    redis.xdel(Keys(run)("dead"), entry_id)

@@ -100,6 +100,8 @@ async def _run(
     )
     # uvicorn would take SIGTERM for itself and stop answering the trainer while groups are still in hand.
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+    # Before it announces itself: the trainer may call at once, and a refused connection would get it evicted.
+    listening.listen()
     async with asyncio.TaskGroup() as tasks:
         http = tasks.create_task(server.serve([listening]), name="http")
         background = [

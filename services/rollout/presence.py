@@ -1,5 +1,6 @@
 """How a replica shows itself to the others: its entry in the members of the run."""
 
+import math
 import os
 import socket
 import time
@@ -12,6 +13,8 @@ from services.rollout.sampler import Sampler
 from services.rollout.weight_receiver import WeightReceiver
 
 ANNOUNCE_EVERY_S = 0.5
+LONG_SCORING_S = 2.0
+"""Scores that take longer are what the replica waits for."""
 
 
 @dataclass
@@ -36,13 +39,16 @@ class Presence:
                     policy_version=receiver.served_version,
                     groups=len(sampler.in_hand),
                     tokens=sampler.tokens_generated,
+                    scoring_s=time.monotonic() - min(sampler.scoring_since.values(), default=math.inf),
                 )
             )
             metrics.POLICY_VERSION.set(-1 if receiver.served_version is None else receiver.served_version)
             metrics.GROUPS_IN_HAND.set(len(sampler.in_hand))
             await receiver.wait_for_change(ANNOUNCE_EVERY_S)
 
-    def _member(self, *, state: str, policy_version: int | None, groups: int, tokens: int) -> Member:
+    def _member(
+        self, *, state: str, policy_version: int | None, groups: int, tokens: int, scoring_s: float = 0.0
+    ) -> Member:
         waiting = {"joining": "the trainer's first weights", "updating": "the trainer's weights"}
         return Member(
             name=self.name,
@@ -55,6 +61,6 @@ class Presence:
             incarnation=self.incarnation,
             groups_in_hand=groups,
             tokens_generated=tokens,
-            waiting_for=waiting.get(state, ""),
+            waiting_for=waiting.get(state, "the reward service" if scoring_s > LONG_SCORING_S else ""),
             updated=time.time(),
         )
