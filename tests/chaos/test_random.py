@@ -7,6 +7,7 @@ import pytest
 from tests.chaos.conftest import MakeRun, chaos_seed
 from tests.chaos.faults import WEIGHTS, Chaos
 
+pytestmark = pytest.mark.timeout(600)
 STEPS = 16
 
 
