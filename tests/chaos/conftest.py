@@ -101,7 +101,7 @@ def undisturbed(chaos_config, context, tmp_path_factory) -> Callable[[RunConfig]
         if key not in known:
             run = ChaosRun(tmp_path_factory.mktemp("undisturbed") / "run", config, context)
             run.start()
-            assert run.finish(120) == 0, run.tails()
+            assert run.finish(400) == 0, run.tails()
             run.check_exactly_once()
             known[key] = run.results()
         return known[key]

@@ -76,7 +76,7 @@ class Chaos:
             time.sleep(0.002)
         return now
 
-    def finish(self, timeout_s: float = 120.0) -> int:
+    def finish(self, timeout_s: float = 400.0) -> int:
         """Wait for the end of the run, with nothing frozen any more."""
         deadline = time.monotonic() + timeout_s
         while self.run.launcher.poll() is None:
@@ -124,6 +124,8 @@ class Chaos:
         return True
 
     def _expect_recovery(self, name: str, pid: int) -> None:
+        epoch = self.run.epoch()
+
         def is_back() -> bool:
             now = self.run.pid_of(name)
             if now is None or now == pid:
@@ -132,7 +134,7 @@ class Chaos:
                 member = self.run.members().get(name)
                 return member is not None and member.pid == now and member.state == "serving"
             if name == "trainer":
-                return self.run.phase() == "waiting for rollouts"
+                return self.run.epoch() > epoch and self.run.phase() == "waiting for rollouts"
             with contextlib.suppress(RedisError):
                 return name != "redis" or bool(self.run.redis().ping())
             return False

@@ -103,6 +103,11 @@ class ChaosRun(LaunchedRun):
     def view(self) -> RunView:
         return RunView(self.redis(), self.run_id)
 
+    def epoch(self) -> int:
+        """Of the newest trainer."""
+        file = self.directory / "epoch"
+        return int(file.read_text() or 0) if file.exists() else 0
+
     def phase(self) -> str:
         """What the trainer says it is doing; a fault is booked under it."""
         try:

