@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-compose check proto lock
+.PHONY: help setup demo test test-unit test-vectors test-compose chaos check proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ test-unit: setup  ## the tests that need seconds
 
 test-vectors: setup  ## the numeric cases of $$RETORT_VECTORS, or of the project's own file
 	$(BIN)/pytest tests/unit/trainer/test_vectors.py tests/unit/reward/test_vectors.py
+
+chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N repeats a plan
+	$(BIN)/pytest -m "chaos or not chaos" tests/chaos
 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose

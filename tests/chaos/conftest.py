@@ -12,13 +12,21 @@ from transformers import AutoTokenizer
 
 from retort.config import RunConfig
 from tests.chaos.run import ROOT, ChaosRun
+from tests.chaos.tally import Tally
 from tests.training import a_config, a_language_model
 
 MakeRun = Callable[..., ChaosRun]
+TALLY = pytest.StashKey[Tally]()
 
 
-def pytest_report_header() -> str:
-    return f"RETORT_CHAOS_SEED={chaos_seed()}"
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = Tally()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if "RETORT_CHAOS_SEED" in os.environ:
+        terminalreporter.write_sep("=", f"chaos, RETORT_CHAOS_SEED={chaos_seed()}")
+        terminalreporter.write("".join(f"{line}\n" for line in config.stash[TALLY].lines()))
 
 
 def chaos_seed() -> int:
@@ -107,6 +115,11 @@ def undisturbed(chaos_config, context, tmp_path_factory) -> Callable[[RunConfig]
         return known[key]
 
     return results
+
+
+@pytest.fixture
+def tally(pytestconfig: pytest.Config) -> Tally:
+    return pytestconfig.stash[TALLY]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A trainer that was frozen while another took over, and a trainer that dies between any two operations."""
 
 import json
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tests.chaos.services_of_a_run import (
     take_over_again_and_again,
     with_run_id,
 )
+from tests.chaos.tally import Tally
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = 12
@@ -36,12 +36,11 @@ def outcome_of(work: Any, config: RunConfig, directory: Path, context: Any, *arg
 
 
 def test_a_trainer_that_wakes_up_after_another_took_over_changes_nothing(
-    chaos_config, context, tmp_path: Path, undisturbed
+    chaos_config, context, tmp_path: Path, undisturbed, tally: Tally
 ) -> None:
     config = chaos_config(STEPS)
     seed = chaos_seed()
     outcome = outcome_of(take_over_again_and_again, config, tmp_path, context, seed, 6)
-    print("ZOMBIES", outcome["zombies"], Counter(outcome["frozen in"]))
     assert outcome["last"] == 0
     assert set(outcome["zombies"]) == {FENCED}
     accepted = [(epoch, call) for _, epoch, call in outcome["accepted"]]
@@ -49,14 +48,20 @@ def test_a_trainer_that_wakes_up_after_another_took_over_changes_nothing(
     run = ChaosRun(tmp_path / "run", config, context)
     run.check_exactly_once()
     assert run.results() == undisturbed(config)
+    tally.runs += 1
+    tally.identical += 1
+    tally.zombies.update(outcome["frozen in"])
+    tally.accepted_calls += len(accepted)
 
 
 @pytest.mark.parametrize("share", [pytest.param(0.02, id="some"), pytest.param(1.0, id="all", marks=pytest.mark.chaos)])
-def test_a_trainer_may_die_before_and_after_any_operation(share: float, chaos_config, context, tmp_path: Path) -> None:
+def test_a_trainer_may_die_before_and_after_any_operation(
+    share: float, chaos_config, context, tmp_path: Path, tally: Tally
+) -> None:
     config = chaos_config(2, checkpoint={"every": 1}, rollout={"replicas": 1})
     outcome = outcome_of(sweep, config, tmp_path, context, share, chaos_seed())
     codes = outcome["codes"]
-    print("BOUNDARIES", outcome["boundaries"], "SWEPT", len(codes))
+    tally.boundaries, tally.swept = outcome["boundaries"], len(codes)
     assert {boundary: ended for boundary, ended in codes.items() if ended != [-9, 0]} == {}
     results = {}
     for place in ("undisturbed", *(f"boundary-{number}" for number in range(1, len(codes) + 1))):
@@ -64,3 +69,5 @@ def test_a_trainer_may_die_before_and_after_any_operation(share: float, chaos_co
         run.check_exactly_once()
         results[place] = run.results()
     assert {place for place, result in results.items() if result != results["undisturbed"]} == set()
+    tally.runs += len(results)
+    tally.identical += len(results)
