@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -19,6 +20,8 @@ from tests.chaos.boundaries import Boundaries
 from tests.chaos.run import wait_until
 
 FENCED = 2
+ATTEMPTS = 3
+"""Runs in which a boundary is looked for."""
 
 
 class Services:
@@ -115,10 +118,15 @@ def sweep(services: Services, share: float, seed: int) -> dict[str, object]:
     codes: dict[str, list[int]] = {}
     for number, boundary in enumerate(chosen, start=1):
         place = directory / f"boundary-{number}"
-        # Replicas have seen the trainers of the runs before.
-        _fresh_run(services, place, epoch=10 * number)
-        first = _ending(services, place, directory / "passed", boundary)
-        codes[boundary] = [first] if first == 0 else [first, _ending(services, place, directory / "passed", "")]
+        for attempt in range(ATTEMPTS):
+            # Replicas have seen the trainers of the runs before.
+            _fresh_run(services, place, epoch=100 * number + 10 * attempt)
+            first = _ending(services, place, directory / "passed", boundary)
+            if first != 0:
+                codes[boundary] = [first, _ending(services, place, directory / "passed", "")]
+                break
+        else:
+            codes[boundary] = []  # never passed there again
     return {"boundaries": len(boundaries), "codes": codes}
 
 
@@ -129,6 +137,7 @@ def _some(boundaries: Sequence[str], share: float, seed: int) -> list[str]:
 
 
 def _fresh_run(services: Services, place: Path, epoch: int) -> None:
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     (place / "epoch").write_text(str(epoch))
     services.redis.flushall()

@@ -178,7 +178,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def tests_pass(directory: Path, selection: str) -> tuple[bool, str]:
+def passes(directory: Path, selection: str) -> tuple[bool, str]:
     """Whether the tests pass there. Anything but passing or failing is an error of this test."""
     environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=60", selection]
@@ -189,7 +189,7 @@ def tests_pass(directory: Path, selection: str) -> tuple[bool, str]:
 
 @pytest.mark.parametrize("selection", sorted({mutant.tests for mutant in MUTANTS}))
 def test_the_tests_that_are_to_find_the_bugs_pass_without_them(copy: Path, selection: str) -> None:
-    passed, output = tests_pass(copy, selection)
+    passed, output = passes(copy, selection)
     assert passed, output
 
 
@@ -200,7 +200,7 @@ def test_a_planted_bug_is_found(copy: Path, mutant: Mutant) -> None:
     assert right.count(mutant.right) == 1, f"{mutant.file} has changed: {mutant.right!r} is there no more"
     file.write_text(right.replace(mutant.right, mutant.wrong))
     try:
-        passed, output = tests_pass(copy, mutant.tests)
+        passed, output = passes(copy, mutant.tests)
     finally:
         file.write_text(right)
     assert not passed, f"it survived {mutant.tests}:\n{output}"
