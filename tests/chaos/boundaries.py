@@ -1,6 +1,6 @@
 """The operations of a trainer after which somebody else could see something changed, and death before or after each.
 
-A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while the trainer
+A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a trainer
 waits, as often as time has it; of those, only the first after each other operation counts, so that a run has the same
 boundaries every time, unless a replica has to be synced once more.
 """
@@ -20,9 +20,7 @@ import services.trainer.checkpoint
 import services.trainer.export
 from services.trainer.weight_sender import WeightSender
 
-REPEATED = tuple(["XREAD", "HGETALL", "HSET", "GET", "XRANGE", "PING", "INFO", "pipeline", "FUNCTION"]) + (
-    "FCALL issue",
-)
+REPEATED = ("XREAD", "HGETALL", "HSET", "GET", "XRANGE", "PING", "INFO", "pipeline", "FUNCTION", "FCALL issue")
 
 
 class Boundaries:

@@ -162,7 +162,7 @@ MUTANTS = [
         LUA,
         "if readable and item.step > tonumber(args[2])",
         "if false",
-        QUEUES,
+        "tests/integration/test_takeover_of_the_queue.py",
     ),
 ]
 

@@ -201,19 +201,6 @@ def test_work_that_was_handed_out_too_often_is_buried_and_named(run: Run) -> Non
     )
 
 
-def test_work_of_later_steps_is_withdrawn_and_what_is_finished_stays(run: Run) -> None:
-    trainer, replica = run.trainer(), run.replica()
-    later, finished = an_item("later", step=3), an_item("finished", step=3)
-    trainer.issue([finished, later, an_item("now", step=2)])
-    [lease] = run.take(replica, 1)
-    run.wait(replica.submit(lease, a_group(lease)))
-    [held] = run.take(replica, 1)
-    assert (held.item.group_id, trainer.withdraw_later(2)) == ("later", 1)
-    assert group_ids(run.take(replica)) == ["now"]
-    assert run.wait(replica.submit(held, a_group(held))) == "unknown"
-    assert trainer.issue([finished, later]) == ["submitted", "new"]
-
-
 def test_work_can_be_buried_with_a_reason_once(run: Run) -> None:
     trainer, replica = run.trainer(), run.replica()
     trainer.issue([an_item("g0")])
