@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from retort.config import RunConfig
-from tests.chaos.run import ROOT, ChaosRun
+from tests.chaos.run import ChaosRun
 from tests.chaos.tally import Tally
+from tests.e2e.launched_run import ROOT
 from tests.training import a_config, a_language_model
 
 MakeRun = Callable[..., ChaosRun]

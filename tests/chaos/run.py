@@ -23,7 +23,7 @@ from retort.queues import RunView
 from retort.queues.protocol import Keys
 from services.trainer.admission import data_indices
 from tests.chaos import forked
-from tests.e2e.launched_run import ROOT, LaunchedRun, read_lines
+from tests.e2e.launched_run import LaunchedRun
 
 NOT_A_RESULT = ("time", "timing_s/", "perf/", "weight_sync/")
 """Metrics of how it went, not of what came out."""
@@ -187,15 +187,8 @@ def _sha(values: Any) -> str:
     return hashlib.sha256(json.dumps(list(values), sort_keys=True).encode()).hexdigest()
 
 
-def read_groups(directory: Path) -> list[dict[str, Any]]:
-    return [line for file in sorted((directory / "rollouts").glob("step-*")) for line in read_lines(file)]
-
-
 def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.02)
-
-
-__all__ = ["ROOT", "ChaosRun", "Launcher", "read_groups", "wait_until"]

@@ -20,6 +20,8 @@ from tests.chaos.boundaries import Boundaries
 from tests.chaos.run import wait_until
 
 FENCED = 2
+LONGEST_S = 400.0
+"""For the end of a trainer; on a machine that has other work a run of seconds takes minutes."""
 ATTEMPTS = 3
 """Runs in which a boundary is looked for."""
 
@@ -78,8 +80,7 @@ def take_over_again_and_again(services: Services, seed: int, times: int) -> dict
     frozen_in: list[str] = []
     codes = []
     for _ in range(times):
-        before = _epoch(epoch_file)
-        wait_until(lambda before=before: _epoch(epoch_file) > before or before, "a trainer that has taken over")
+        wait_until(lambda: _epoch(epoch_file), "a trainer that has taken over")
         time.sleep(chance.uniform(0.0, 2.5))
         if trainer.poll() is not None:
             break
@@ -92,9 +93,9 @@ def take_over_again_and_again(services: Services, seed: int, times: int) -> dict
             time.sleep(0.02)  # it does not come where the frozen one holds the lock
         time.sleep(chance.uniform(0.0, 1.0))
         os.kill(trainer.pid, signal.SIGCONT)
-        codes.append(trainer.wait(timeout=60))
+        codes.append(trainer.wait(timeout=LONGEST_S))
         trainer = successor
-    last = trainer.wait(timeout=120)
+    last = trainer.wait(timeout=LONGEST_S)
     return {"zombies": codes, "last": last, "frozen in": frozen_in, "accepted": services.accepted()}
 
 
@@ -145,11 +146,8 @@ def _fresh_run(services: Services, place: Path, epoch: int) -> None:
 
 def _ending(services: Services, place: Path, names: Path, kill_at: str) -> int:
     trainer = services.trainer(place, lambda: Boundaries(names, kill_at).install())
-    return trainer.wait(timeout=120)
+    return trainer.wait(timeout=LONGEST_S)
 
 
 def with_run_id(config: RunConfig, directory: Path) -> RunConfig:
     return config.model_copy(update={"run_dir": str(directory), "run_id": "chaos"})
-
-
-__all__ = ["FENCED", "Services", "in_a_process_of_its_own", "sweep", "take_over_again_and_again"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.run import ROOT
+from tests.e2e.launched_run import ROOT
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 COPIED = ("retort", "services", "tests", "models", "data", "configs", "pyproject.toml")
