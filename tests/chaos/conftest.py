@@ -89,7 +89,7 @@ def chaos_config(small_model: Path, few_questions: Path) -> Callable[..., RunCon
             },
             "validation": {"every": 8, "max_questions": 2, "samples": 2},
             "checkpoint": {"every": 2},
-            "rollout": {"engine": "simulated", "replicas": 2, "concurrent_groups": 4, "lease_s": 3.0},
+            "rollout": {"replicas": 2, "concurrent_groups": 4, "lease_s": 3.0},
             "weight_sync": {"bucket_mib": 0.02, "max_probe_gap": 1e-3, "deadline_s": 6.0},
             "timeouts": {"startup_s": 60, "stall_s": 60, "max_restarts": 10_000},
         }

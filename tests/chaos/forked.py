@@ -88,7 +88,8 @@ def spawn(program: Program) -> subprocess.Popen[bytes]:
         while gate.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         return spawn_executed(program)
-    return fork(program.name, program.command, program.environment, program.log)
+    simulated = ["--engine", "simulated"] if program.name.startswith("rollout") else []
+    return fork(program.name, [*program.command, *simulated], program.environment, program.log)
 
 
 def fork(
