@@ -1,8 +1,8 @@
 """A simulated engine, for tests of failures and of scale: `python -m services.rollout --engine simulated`.
 
-It samples nothing. A completion is a function of its seed alone: one of four letters in the format that checker `mcq` reads. Its
-log-probabilities are real, computed by transformers from the weights that were broadcast, and so are its digests
-and its answer to the probe: a version that did not arrive whole is found out as it would be with vLLM.
+It samples nothing. A completion is a function of its seed alone: one of four letters in the format that checker `mcq`
+reads. Its log-probabilities are real, computed by transformers from the weights that were broadcast, and so are its
+digests and its answer to the probe: a version that did not arrive whole is found out as it would be with vLLM.
 """
 
 import asyncio
