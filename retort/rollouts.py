@@ -50,6 +50,15 @@ class WorkItem(Message, frozen=True, kw_only=True):
         if len(self.seeds) != self.group_size:
             raise ValueError(f"group {self.group_id}: {self.group_size} completions but {len(self.seeds)} seeds")
 
+    @property
+    def max_policy_version(self) -> int:
+        """Newest policy version that may sample it.
+
+        Version s is made from the groups of step s. A replica that has it while they are still wanted got it from a
+        trainer that died, and it is of a future that may not come again.
+        """
+        return self.step - 1 if self.kind == "train" else self.step
+
 
 class Rollout(Message, frozen=True, kw_only=True):
     """One completion, with what the trainer needs to learn from it."""

@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
 from retort.config import ConfigError
@@ -196,6 +197,19 @@ def open_process_group(
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
     return cast(ProcessGroup, ProcessGroupNCCL(prefixed, rank, world_size, options))
+
+
+def join(request: TransferRequest, worker: int = 0) -> ProcessGroup:
+    """A receiver's way into the process group of a transfer; `worker` counts the processes of its replica from 0."""
+    store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=request.deadline_s))
+    return open_process_group(
+        request.backend,
+        store,
+        request.transfer,
+        rank=request.broadcast_rank + worker,
+        world_size=request.world_size,
+        timeout_s=request.deadline_s,
+    )
 
 
 def send(group: ProcessGroup, snapshot: Snapshot, timeout_s: float) -> None:

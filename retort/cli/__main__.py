@@ -12,6 +12,8 @@ COMMANDS = {
     "run": ("retort.cli.run", "train: start every service on this machine, watch over them, stop them"),
     "status": ("retort.cli.status", "show what a run is doing"),
     "fleet": ("retort.cli.fleet", "list a run's rollout replicas, drain or evict one"),
+    "doctor": ("retort.cli.doctor", "say who waits for whom, since when, why, and what helps"),
+    "dead": ("retort.cli.dead", "look at work that was set aside; replay or drop it"),
     "report": ("retort.cli.report", "write a run's report.html"),
     "ui": ("retort.cli.ui", "serve a run's report while the run goes on"),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),

@@ -58,11 +58,11 @@ def rollout_problem(address: str) -> str:
 
 def trainer_problem(run_file: str) -> str:
     """Why the trainer of the run is thought to hang; empty if it gets on."""
-    from retort.queues import RunView, connect
+    from retort.queues import IMPATIENT, RunView, connect
 
     try:
         config = load_config(run_file)
-        redis = connect(config.redis.url or os.environ.get("REDIS_URL", ""))
+        redis = connect(config.redis.url or os.environ.get("REDIS_URL", ""), IMPATIENT)
     except ConfigError as error:
         return str(error)
     progress = RunView(redis, config.key_prefix).progress()

@@ -3,12 +3,13 @@
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from redis.exceptions import RedisError
 from rich.console import Console
 
+from retort.cli.doctor import diagnose, gather
 from retort.cli.interrupts import Interrupts
 from retort.cli.metrics_tail import accuracy, is_validation
 from retort.cli.panel import Screen, clock, step_line, validation_line
@@ -110,8 +111,15 @@ class LocalRun:
             self._tell(seen)
             outcome = self._judge(ending) or self._asked_to_stop(seen) or self._overdue(seen)
             if outcome:
-                return outcome
+                return self._explained(outcome)
             self._interrupts.wait(REFRESH_S)
+
+    def _explained(self, outcome: Outcome) -> Outcome:
+        """A stalled run ends with what `retort doctor` would say, while there is still somebody to ask."""
+        if outcome.phase != "stalled":
+            return outcome
+        finding = diagnose(gather(self._config.directory)).line()
+        return replace(outcome, reasons=[*outcome.reasons, f"retort doctor: {finding}"])
 
     def stop(self, outcome: Outcome) -> None:
         """Stop the services, Redis last: the others strike themselves off in it."""

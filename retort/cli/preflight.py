@@ -79,10 +79,10 @@ def check_ports(config: RunConfig) -> None:
 
 def check_services(config: RunConfig) -> None:
     """What the user runs himself answers: Redis, and the reward service if the run file names one."""
-    from retort.queues import connect
+    from retort.queues import IMPATIENT, connect
 
     if url := redis_url(config):
-        connect(url).close()
+        connect(url, IMPATIENT).close()
     if config.reward.address and not is_listening(config.reward.address):
         raise ConfigError(
             f"reward.address = {config.reward.address}: nothing listens there. "

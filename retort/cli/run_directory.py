@@ -10,6 +10,8 @@ from pathlib import Path
 
 from retort.config import ConfigError, RunConfig, dump_config, load_config
 
+DRAFT = ".config.toml.part"
+
 
 def resolve_config(args: argparse.Namespace) -> RunConfig:
     """The configuration of a new run, or with --resume that of the run in the directory. Touches no file."""
@@ -20,7 +22,7 @@ def resolve_config(args: argparse.Namespace) -> RunConfig:
     directory = config.directory.resolve()
     if args.resume:
         return _stored_config(config, directory, overrides)
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and any(path.name != DRAFT for path in directory.iterdir()):
         raise ConfigError(
             f"{directory} exists and is not empty. Continue that run with --resume, "
             "or start another with --run-dir DIR or --set name=NAME."
@@ -43,7 +45,7 @@ def _stored_config(config: RunConfig, directory: Path, overrides: list[str]) -> 
 def open_run_directory(config: RunConfig) -> Iterator[Path]:
     """Make the directory, write the resolved configuration, and hold a lock on it. Yields the file config.toml."""
     directory = config.directory
-    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -51,7 +53,11 @@ def open_run_directory(config: RunConfig) -> Iterator[Path]:
         except BlockingIOError:
             raise ConfigError(f"{directory} is in use by another `retort run`. `retort status` shows it.") from None
         file = directory / "config.toml"
-        file.write_text(dump_config(config), encoding="utf-8")
+        draft = directory / DRAFT
+        draft.write_text(dump_config(config), encoding="utf-8")
+        # First of all files, and at once: a launcher that is killed here leaves a run to resume, or none.
+        os.replace(draft, file)
+        (directory / "logs").mkdir(exist_ok=True)
         yield file
     finally:
         os.close(lock)

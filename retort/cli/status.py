@@ -13,6 +13,9 @@ from retort.config import ConfigError
 if TYPE_CHECKING:
     from redis import Redis
 
+    from retort.config import RunConfig
+    from retort.queues import Member, RunView
+
 STATUS_FILE = "status.json"
 
 
@@ -64,9 +67,42 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
     from retort.queues import RunView
 
     try:
-        members = RunView(*redis_of(directory, status)).members()
+        return replicas_shown(RunView(*redis_of(directory, status)).members())
     except (RedisError, ValueError):
         return []
+
+
+def open_view(config: "RunConfig", status: Mapping[str, Any]) -> "RunView":
+    """A look into the Redis of a run."""
+    from retort.queues import RunView
+
+    return RunView(_open_redis(config, status), config.key_prefix)
+
+
+def redis_of(directory: Path, status: Mapping[str, Any]) -> "tuple[Redis, str]":
+    """The Redis of a run, and the prefix of the run's keys in it."""
+    from retort.config import load_config
+
+    config = load_config(directory / "config.toml")
+    return _open_redis(config, status), config.key_prefix
+
+
+def _open_redis(config: "RunConfig", status: Mapping[str, Any]) -> "Redis":
+    """The one that the run's launcher started, else the one that its file names."""
+    from retort.cli.preflight import redis_url
+    from retort.cli.process_table import open_redis
+
+    return open_redis(embedded_redis(status) or redis_url(config))
+
+
+def embedded_redis(status: Mapping[str, Any]) -> str:
+    """Address of the Redis that the launcher started; empty if it started none."""
+    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
+    return f"redis://{embedded[0]}/0" if embedded else ""
+
+
+def replicas_shown(members: "Mapping[str, Member]") -> list[dict[str, Any]]:
+    """What is shown of each replica."""
     return [
         {
             "name": name,
@@ -76,17 +112,6 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
         }
         for name, member in sorted(members.items())
     ]
-
-
-def redis_of(directory: Path, status: Mapping[str, Any]) -> "tuple[Redis, str]":
-    """The Redis of a run, embedded or the user's, and the prefix of the run's keys in it."""
-    from retort.cli.preflight import redis_url
-    from retort.cli.process_table import open_redis
-    from retort.config import load_config
-
-    config = load_config(directory / "config.toml")
-    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
-    return open_redis(f"redis://{embedded[0]}/0" if embedded else redis_url(config)), config.key_prefix
 
 
 def status_lines(directory: Path, status: Mapping[str, Any], replicas: list[dict[str, Any]], now: float) -> list[str]:

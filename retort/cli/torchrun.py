@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 def main() -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -27,6 +28,9 @@ def main() -> int:
             return failure.exitcode
         print(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return 1
+    except SignalException as stopped:
+        # It was passed on to the ranks, which had time to save. As a shell counts: 143 after SIGTERM.
+        return 128 + stopped.sigval
     return 0
 
 

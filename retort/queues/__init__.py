@@ -11,6 +11,7 @@ Keys, all prefixed `retort:{<run>}:` (the braces keep them in one cluster slot):
     members     hash  replica name -> Member
     evicted     hash  replica name -> incarnation that was struck off
     drain       hash  replica name -> incarnation that is asked to finish its work and leave
+    audit       stream of the trainer calls that were accepted, epoch and name; about the last 10,000
     progress    hash  what the trainer is doing
     stop        string, why the run should end
 
@@ -25,14 +26,14 @@ A work entry:  waiting ─take─► leased ─submit─► gone
                   ▲               │ not renewed for lease_s, or given back
                   └───────────────┘      (after max_deliveries such deliveries it is buried instead)
 
-Only the functions in functions.lua write these keys, except progress and stop. Each is atomic and idempotent
-by group id or entry id, so every call may be repeated when its reply was lost. Trainer calls carry the epoch of
-their trainer; one that is not the newest gets `Fenced` and has changed nothing.
+Only the functions in functions.lua write these keys, except progress and stop, and that an operator may delete from
+`dead`. Each is atomic and idempotent by group id or entry id, so every call may be repeated when its reply was lost.
+Trainer calls carry the epoch of their trainer; one that is not the newest gets `Fenced` and has changed nothing.
 The trainer reads groups from a cursor of its own, after a restart from the beginning; groups leave only in `commit`.
 What Redis forgets is therefore redone, never lost: a waiting trainer issues again whatever it still awaits.
 """
 
-from retort.queues.connection import connect, connect_async
+from retort.queues.connection import IMPATIENT, connect, connect_async
 from retort.queues.protocol import (
     KINDS,
     DeadWork,
@@ -46,9 +47,19 @@ from retort.queues.protocol import (
 )
 from retort.queues.rollout import RolloutQueue
 from retort.queues.trainer import TrainerQueue
-from retort.queues.view import PendingLease, RunView, clear_stop, evict, request_drain, request_stop
+from retort.queues.view import (
+    PendingLease,
+    RunView,
+    clear_stop,
+    drop_dead,
+    evict,
+    replay_dead,
+    request_drain,
+    request_stop,
+)
 
 __all__ = [
+    "IMPATIENT",
     "KINDS",
     "DeadWork",
     "Evicted",
@@ -65,7 +76,9 @@ __all__ = [
     "clear_stop",
     "connect",
     "connect_async",
+    "drop_dead",
     "evict",
+    "replay_dead",
     "request_drain",
     "request_stop",
 ]

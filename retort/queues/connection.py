@@ -18,35 +18,33 @@ from retort.queues.replies import Reply
 OLDEST_REDIS = 7
 SOCKET_TIMEOUT_S = 10.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
-FIRST_ATTEMPTS = 4
-"""Attempts of the very first call, about half a second in all: a wrong address should be told at once."""
 ATTEMPTS = 60
-"""Attempts of every later call, about 30 s in all: the time in which a Redis that died must be back."""
+"""Of every call, about 30 s in all: the time in which a Redis that died, or starts later, must be there."""
+IMPATIENT = 4
+"""About half a second in all, for those who ask whether an address is right."""
 
 
-def connect(url: str) -> Redis:
+def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
     """A client of the server at `url` (`redis://[:password@]host:port[/db]`, `rediss://`, `unix://`).
 
-    Calls are repeated while the server restarts; everything this package sends may be repeated.
+    Calls, the first included, are repeated while the server restarts; everything this package sends may be repeated.
     Raises ConfigError when nothing usable answers.
     """
     try:
-        redis = Redis.from_url(url, retry=Retry(BACKOFF, FIRST_ATTEMPTS), **_settings())
+        redis = Redis.from_url(url, retry=Retry(BACKOFF, attempts), **_settings())
         _check(url, redis.info())
     except (RedisError, ValueError) as error:
         raise _unusable(url, error) from error
-    redis.set_retry(Retry(BACKOFF, ATTEMPTS))
     return redis
 
 
-async def connect_async(url: str) -> AsyncRedis:
+async def connect_async(url: str, attempts: int = ATTEMPTS) -> AsyncRedis:
     """The same for asyncio."""
     try:
-        redis = AsyncRedis.from_url(url, retry=AsyncRetry(BACKOFF, FIRST_ATTEMPTS), **_settings())
+        redis = AsyncRedis.from_url(url, retry=AsyncRetry(BACKOFF, attempts), **_settings())
         _check(url, await redis.info())
     except (RedisError, ValueError) as error:
         raise _unusable(url, error) from error
-    redis.set_retry(AsyncRetry(BACKOFF, ATTEMPTS))
     return redis
 
 

@@ -3,6 +3,7 @@
 -- Every function is atomic, and repeating a call changes nothing more.
 
 local CONSUMER_GROUP = 'rollout'
+local AUDIT_LENGTH = 10000
 
 -- Every function gets the same keys, in the order of `Keys.of_functions` in protocol.py.
 local function keyed(keys)
@@ -16,18 +17,21 @@ local function keyed(keys)
     members = keys[9],
     evicted = keys[10],
     drain = keys[11],
+    audit = keys[12],
   }
 end
 
 -- A monotone maximum: a Redis that forgot its last seconds learns the newest epoch again from the newest trainer.
-local function refuse_old_epoch(fence, epoch)
-  local highest = redis.call('GET', fence) or '0'
+-- What is accepted leaves a trace, by which anybody can see that no older trainer ever wrote after a newer one.
+local function refuse_old_epoch(k, epoch, call)
+  local highest = redis.call('GET', k.fence) or '0'
   if tonumber(epoch) < tonumber(highest) then
     return redis.error_reply('FENCED ' .. highest)
   end
   if epoch ~= highest then
-    redis.call('SET', fence, epoch)
+    redis.call('SET', k.fence, epoch)
   end
+  redis.call('XADD', k.audit, 'MAXLEN', '~', AUDIT_LENGTH, '*', 'epoch', epoch, 'call', call)
 end
 
 -- Work streams are made here and nowhere else, so a stream that exists has its consumer group.
@@ -92,14 +96,14 @@ end
 
 local function open(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'open')
   return refused or 'OK'
 end
 
 -- epoch, then for every item: kind, group_id, crc, data. Answers "new" or the state it found, for every item.
 local function issue(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'issue')
   if refused then return refused end
   local found = {}
   for i = 2, #args, 4 do
@@ -119,7 +123,7 @@ end
 -- epoch, version, digest
 local function publish(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'publish')
   if refused then return refused end
   local now = redis.call('HMGET', k.policy, 'epoch', 'version')
   if now[1] == args[1] and tonumber(args[2]) < tonumber(now[2]) then
@@ -132,7 +136,7 @@ end
 -- epoch, kind, then for every group: entry_id, group_id. The only place where groups leave, by exact id.
 local function commit(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'commit')
   if refused then return refused end
   local removed = 0
   for i = 3, #args, 2 do
@@ -148,7 +152,7 @@ end
 -- epoch, kind. Forgets everything of a kind, work and groups; work that is leased now will be answered with "unknown".
 local function withdraw(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'withdraw')
   if refused then return refused end
   local removed = 0
   -- Entry by entry: deleting the stream would break the reads of replicas that are waiting at it.
@@ -165,10 +169,29 @@ local function withdraw(keys, args)
   return removed
 end
 
+-- epoch, step. Forgets training work of later steps, which a trainer that died had issued: replicas that cannot sample
+-- it yet would hold it instead of the work that is wanted first. Groups that are finished stay.
+local function withdraw_later(keys, args)
+  local k = keyed(keys)
+  local refused = refuse_old_epoch(k, args[1], 'withdraw_later')
+  if refused then return refused end
+  local removed = 0
+  for _, entry in ipairs(redis.call('XRANGE', k.work.train, '-', '+')) do
+    local readable, item = pcall(cmsgpack.unpack, entry[2][6])
+    if readable and item.step > tonumber(args[2]) then
+      ensure_consumer_group(k.work.train)
+      finish_work(k.work.train, entry[1])
+      redis.call('HDEL', k.state, entry[2][2])
+      removed = removed + 1
+    end
+  end
+  return removed
+end
+
 -- epoch, kind, entry_id, cause, reason
 local function quarantine(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'quarantine')
   if refused then return refused end
   return set_aside(k, args[2], k.groups[args[2]], args[3], 'submitted', args[4], args[5])
 end
@@ -176,7 +199,7 @@ end
 -- epoch, replica, incarnation
 local function evict(keys, args)
   local k = keyed(keys)
-  local refused = refuse_old_epoch(k.fence, args[1])
+  local refused = refuse_old_epoch(k, args[1], 'evict')
   if refused then return refused end
   redis.call('HSET', k.evicted, args[2], args[3])
   -- Its supervisor may have started another in the meantime, which is not to blame.
@@ -185,6 +208,23 @@ local function evict(keys, args)
     redis.call('HDEL', k.members, args[2])
   end
   return 'OK'
+end
+
+-- Operator --------------------------------------------------------------------------------------------------------
+
+-- entry_id, crc. Answers 1 if the work is in its queue again; 0 if its group is awaited or there already.
+local function replay(keys, args)
+  local k = keyed(keys)
+  local entry = redis.call('XRANGE', k.dead, args[1], args[1])[1]
+  if not entry then return 0 end
+  local kind, group_id, data = entry[2][2], entry[2][4], entry[2][12]
+  local is_known = redis.call('HGET', k.state, group_id)
+  if not is_known then
+    ensure_consumer_group(k.work[kind])
+    redis.call('HSET', k.state, group_id, 'issued ' .. add(k.work[kind], group_id, args[2], data))
+  end
+  redis.call('XDEL', k.dead, args[1])
+  return is_known and 0 or 1
 end
 
 -- Rollout service -------------------------------------------------------------------------------------------------
@@ -321,8 +361,10 @@ redis.register_function(LIBRARY .. '_issue', issue)
 redis.register_function(LIBRARY .. '_publish', publish)
 redis.register_function(LIBRARY .. '_commit', commit)
 redis.register_function(LIBRARY .. '_withdraw', withdraw)
+redis.register_function(LIBRARY .. '_withdraw_later', withdraw_later)
 redis.register_function(LIBRARY .. '_quarantine', quarantine)
 redis.register_function(LIBRARY .. '_evict', evict)
+redis.register_function(LIBRARY .. '_replay', replay)
 redis.register_function(LIBRARY .. '_declare', declare)
 redis.register_function(LIBRARY .. '_take', take)
 redis.register_function(LIBRARY .. '_renew', renew)

@@ -83,6 +83,7 @@ class Lease(Message, frozen=True, kw_only=True):
 class DeadWork(Message, frozen=True, kw_only=True):
     """An entry that was set aside."""
 
+    entry_id: str
     kind: Kind
     group_id: str
     reason: str
@@ -121,7 +122,9 @@ class Keys:
     def of_functions(self) -> list[str]:
         """The keys that every function gets, in the order of `keyed` in functions.lua."""
         streams = [self.work(kind) for kind in KINDS] + [self.groups(kind) for kind in KINDS]
-        return streams + [self(name) for name in ("dead", "state", "fence", "policy", "members", "evicted", "drain")]
+        return streams + [
+            self(name) for name in ("dead", "state", "fence", "policy", "members", "evicted", "drain", "audit")
+        ]
 
     def kind_of(self, stream: str) -> Kind:
         return "train" if stream.endswith(":train") else "validation"

@@ -84,10 +84,11 @@ def taken(reply: Reply) -> list[tuple[Kind, int, Entry]]:
 def dead(reply: Reply) -> list[DeadWork]:
     """The answer of XRANGE on `dead`."""
     found = []
-    for _, fields in reply:
+    for entry_id, fields in reply:
         values = {text(name): value for name, value in fields.items() if name != b"data"}
         found.append(
             DeadWork(
+                entry_id=text(entry_id),
                 kind=kind(values["kind"]),
                 group_id=text(values["group_id"]),
                 reason=text(values["reason"]),
@@ -96,6 +97,11 @@ def dead(reply: Reply) -> list[DeadWork]:
             )
         )
     return found
+
+
+def dead_bytes(reply: Reply) -> bytes:
+    """The data of the one entry in an answer of XRANGE on `dead`."""
+    return bytes(reply[0][1][b"data"])
 
 
 def library_is_missing(error: ResponseError) -> bool:

@@ -81,6 +81,13 @@ class TrainerQueue:
         """
         return int(self._call("withdraw", kind))
 
+    def withdraw_later(self, step: int) -> int:
+        """Forget training work of steps after `step`, for a trainer that resumes from before them. Says how much.
+
+        They are issued again when their time has come; groups that are finished stay.
+        """
+        return int(self._call("withdraw_later", step))
+
     def dead(self) -> list[DeadWork]:
         """Work that failed for good under this trainer; without it no step can be finished."""
         return [work for work in self._view.dead() if work.cause == "failed" and work.epoch == self._epoch]
@@ -92,10 +99,6 @@ class TrainerQueue:
     def evict(self, member: Member) -> None:
         """Strike this process off the members; it learns it at its next announcement and has to restart."""
         self._call("evict", member.name, member.incarnation)
-
-    def assert_newest(self) -> None:
-        """Raise `Fenced` if a newer trainer has taken over; to be called before a file of the run is written."""
-        self._call("open")
 
     def set_progress(self, **fields: str | int | float) -> None:
         """Say what the trainer is doing, for `retort status` and the live panel."""

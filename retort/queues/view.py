@@ -5,7 +5,7 @@ from redis.exceptions import ResponseError
 
 from retort.queues import replies
 from retort.queues.connection import call
-from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy
+from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy, checksum
 from retort.rollouts import Message
 
 
@@ -46,6 +46,10 @@ class RunView:
     def dead(self) -> list[DeadWork]:
         """Everything that was ever set aside in this run, oldest first."""
         return replies.dead(self._redis.xrange(self._keys("dead")))
+
+    def dead_bytes(self, entry_id: str) -> bytes:
+        """What was set aside, as it lay in the queue. Raises LookupError if there is no such entry."""
+        return replies.dead_bytes(self._redis.xrange(self._keys("dead"), entry_id, entry_id))
 
     def stop_requested(self) -> str | None:
         """Why the run should end, or None."""
@@ -99,3 +103,16 @@ def evict(redis: Redis, run: str, member: Member) -> None:
         call(redis, "evict", Keys(run).of_functions(), epoch, member.name, member.incarnation)
     except ResponseError as error:
         raise replies.refusal(error, epoch=epoch) from error
+
+
+def replay_dead(redis: Redis, run: str, entry_id: str) -> bool:
+    """Put work that was set aside back into its queue, as if it were new. False if its group is there already."""
+    view, keys = RunView(redis, run), Keys(run)
+    work = next(work for work in view.dead() if work.entry_id == entry_id)
+    crc = checksum(work.group_id, view.dead_bytes(entry_id))
+    return bool(call(redis, "replay", keys.of_functions(), entry_id, crc))
+
+
+def drop_dead(redis: Redis, run: str, entry_id: str) -> None:
+    """Forget an entry that was set aside."""
+    redis.xdel(Keys(run)("dead"), entry_id)

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -34,12 +35,13 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="the run file")
     parser.add_argument("--name", default=f"rollout-{socket.gethostname()}", help="unique among the run's replicas")
     parser.add_argument("--advertise", default="", help="host under which the trainer reaches this replica")
+    parser.add_argument("--engine", choices=["vllm", "simulated"], default="vllm", help="simulated: for tests only")
     args = parser.parse_args()
     start_logging(args.name)
     try:
         config = load_config(args.config)
         log_with(run=config.key_prefix)
-        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host))
+        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host, args.engine))
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)
         return error.exit_code
@@ -52,7 +54,7 @@ def main() -> int:
     return 0
 
 
-async def serve(config: RunConfig, name: str, advertise: str) -> None:
+async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) -> None:
     """Load the engine, join the run, and sample until asked to drain (SIGTERM, SIGINT)."""
     draining = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -70,10 +72,7 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
     )
     await presence.loading()
 
-    from services.rollout.inference import make_inference
-    from services.rollout.vllm_engine import VLLMEngine
-
-    engine = VLLMEngine(config)
+    engine, inference_of = _engine(config, engine_name)
     try:
         reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
         receiver = WeightReceiver(engine)
@@ -88,11 +87,8 @@ async def serve(config: RunConfig, name: str, advertise: str) -> None:
             lease_s=config.rollout.lease_s,
             max_deliveries=config.rollout.max_deliveries,
         )
-        inference = make_inference(
-            engine, receiver, model_path=config.model.path, patience_s=config.weight_sync.deadline_s
-        )
         faces: list[tuple[ASGIApp, socket.socket]] = [
-            (make_app(receiver, inference), public),
+            (make_app(receiver, inference_of(receiver)), public),
             (make_control_app(receiver, control_header), control),
         ]
         log_event("engine_loaded", url=presence.http_url)
@@ -115,6 +111,9 @@ async def _run(
     draining: asyncio.Event,
 ) -> None:
     servers = [_server(app) for app, _ in faces]
+    # Before it announces itself: the trainer may call at once, and a refused connection would get it evicted.
+    for _, listening in faces:
+        listening.listen()
     async with asyncio.TaskGroup() as tasks:
         http = [
             tasks.create_task(server.serve([listening]), name="http")
@@ -143,6 +142,21 @@ def _server(app: ASGIApp) -> uvicorn.Server:
 async def _end_with(engine: Engine) -> None:
     await engine.wait_until_dead()
     raise EngineDied("the engine's process ended; its last words are above")
+
+
+def _engine(config: RunConfig, name: str) -> tuple[Engine, Callable[[WeightReceiver], ASGIApp | None]]:
+    """The engine, and what it offers to the public. Only the one that is used is imported; either takes seconds."""
+    if name == "simulated":
+        from services.rollout.simulated_engine import SimulatedEngine
+
+        log_event("simulated_engine", logging.WARNING, message="completions are random letters; nothing is learned")
+        return SimulatedEngine(config), lambda _: None
+    from services.rollout.inference import make_inference
+    from services.rollout.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(config)
+    patience_s = config.weight_sync.deadline_s
+    return engine, partial(make_inference, engine, model_path=config.model.path, patience_s=patience_s)
 
 
 def listen(host: str, port: int) -> socket.socket:

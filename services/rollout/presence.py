@@ -1,6 +1,7 @@
 """How a replica shows itself to the others: its entry in the members of the run."""
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -13,6 +14,8 @@ from services.rollout import metrics
 from services.rollout.sampler import Sampler
 
 ANNOUNCE_EVERY_S = 0.5
+LONG_SCORING_S = 2.0
+"""Scores that take longer are what the replica waits for."""
 
 
 @dataclass
@@ -58,7 +61,12 @@ class Presence:
             groups_finished=sampler.groups_finished if sampler else 0,
             tokens_generated=sampler.tokens_generated if sampler else 0,
             last_finished=sampler.last_finished if sampler else 0.0,
-            waiting_for=waiting.get(state, ""),
+            waiting_for=waiting.get(state, _long_scoring(sampler)),
             updated=time.time(),
         )
         return await self.queue.announce(member)
+
+
+def _long_scoring(sampler: Sampler | None) -> str:
+    since = min(sampler.scoring_since.values(), default=math.inf) if sampler else math.inf
+    return "the reward service" if time.monotonic() - since > LONG_SCORING_S else ""

@@ -47,6 +47,8 @@ class Sampler:
     lease_s: float
     max_deliveries: int
     in_hand: dict[str, Lease] = field(default_factory=dict)
+    scoring_since: dict[str, float] = field(default_factory=dict)
+    """Groups of which the scores are awaited, since when (monotonic)."""
     tokens_generated: int = 0
     groups_finished: int = 0
     last_finished: float = 0.0
@@ -82,7 +84,8 @@ class Sampler:
 
     async def _work(self, lease: Lease) -> None:
         try:
-            if not await self.receiver.wait_until_serving(lease.item.min_policy_version, self.lease_s):
+            oldest, newest = lease.item.min_policy_version, lease.item.max_policy_version
+            if not await self.receiver.wait_until_serving(oldest, self.lease_s, newest):
                 await self.queue.give_back(lease)
                 return
             epoch = self.receiver.epoch
@@ -122,8 +125,7 @@ class Sampler:
             return True
         if not await self.receiver.wait_until_committed(max(versions), epoch, self.lease_s):
             return False
-        fresh = min(versions) >= item.min_policy_version
-        return fresh and (item.kind == "train" or versions == {item.step})
+        return item.min_policy_version <= min(versions) and max(versions) <= item.max_policy_version
 
     async def _group(self, item: WorkItem) -> RolloutGroup:
         async with _timed(metrics.GENERATE_SECONDS.observe) as generate_seconds:
@@ -135,7 +137,11 @@ class Sampler:
         metrics.TOKENS.inc(tokens)
         async with _timed(metrics.SCORE_SECONDS.observe) as score_seconds:
             texts = [self.decode(one.completion_ids) for one in sampled]
-            scored = await self.reward.score(item.checker, texts, item.answer)
+            self.scoring_since[item.group_id] = time.monotonic()
+            try:
+                scored = await self.reward.score(item.checker, texts, item.answer)
+            finally:
+                del self.scoring_since[item.group_id]
         return RolloutGroup(
             group_id=item.group_id,
             kind=item.kind,

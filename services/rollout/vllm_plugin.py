@@ -6,11 +6,9 @@ vLLM loads `register` in every process it starts (entry point group `vllm.genera
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, cast
 
 from torch import Tensor
-from torch.distributed import TCPStore
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -20,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from retort.telemetry import die_with_parent
-from retort.weight_sync import TransferRequest, WeightManifest, open_process_group, receive
+from retort.weight_sync import TransferRequest, WeightManifest, join, receive
 
 BACKEND = "retort"
 
@@ -68,19 +66,10 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
         request = TransferRequest.from_bytes(update_info.request)
-        deadline_s = request.deadline_s
-        store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=deadline_s))
-        group = open_process_group(
-            request.backend,
-            store,
-            request.transfer,
-            rank=request.broadcast_rank + self.parallel_config.rank,
-            world_size=request.world_size,
-            timeout_s=deadline_s,
-        )
+        group = join(request, self.parallel_config.rank)
         manifest = WeightManifest.from_bytes(update_info.manifest)
         load_weights = cast(Callable[[Iterable[tuple[str, Tensor]]], object], self.model.load_weights)
-        for tensors, digest in receive(group, manifest, self.device, deadline_s):
+        for tensors, digest in receive(group, manifest, self.device, request.deadline_s):
             load_weights(iter(tensors))
             self.digests.append(digest)
 

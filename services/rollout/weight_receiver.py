@@ -89,11 +89,17 @@ class WeightReceiver:
             log_event("policy_committed", version=request.version)
             return request
 
-    async def wait_until_serving(self, min_version: int, timeout_s: float) -> bool:
-        """Wait until a version of at least `min_version` is being served; False after `timeout_s`."""
+    async def wait_until_serving(self, min_version: int, timeout_s: float, max_version: int | None = None) -> bool:
+        """Wait until a version of at least `min_version`, at most `max_version`, is being served.
+
+        False after `timeout_s`.
+        """
 
         def serving() -> bool:
-            return self._phase == "serving" and self.served_version is not None and self.served_version >= min_version
+            version = self.served_version
+            if self._phase != "serving" or version is None:
+                return False
+            return min_version <= version and (max_version is None or version <= max_version)
 
         try:
             async with asyncio.timeout(timeout_s), self._changed:

@@ -1,7 +1,6 @@
 """`torchrun -m services.trainer --config FILE`: one rank of the trainer. It goes on from the newest checkpoint."""
 
 import argparse
-import fcntl
 import logging
 import os
 import signal
@@ -10,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from prometheus_client import start_http_server
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from retort.config import ConfigError, RunConfig, load_config
 from retort.questions import Question, questions_of
@@ -28,13 +26,14 @@ from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch, assemble
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
+from services.trainer.fence import Fence
 from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal, RunJournal
 from services.trainer.model_card import ModelCard
 from services.trainer.policy import Policy, load_language_model
 from services.trainer.prompts import decode, encode_prompt
 from services.trainer.publish import WeightPublisher
-from services.trainer.steps import Rank0Steps, Steps
+from services.trainer.steps import Assemble, Rank0Steps, Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import train
 from services.trainer.weight_sender import WeightSender
@@ -82,21 +81,20 @@ def run(config: RunConfig) -> int:
             temperature=config.sampling.temperature,
         )
         teacher = Teacher(policy)
-        checkpoints = Checkpoints(config.directory / "checkpoints", config.checkpoint.keep_last)
+        fence = Fence(config.directory / "epoch", config.timeouts.startup_s) if is_first else None
+        # Before anything is read: a trainer that is still alive must not commit another checkpoint after that.
+        queue = _take_over(config, fence) if fence else None
+        checkpoints = Checkpoints(config.directory / "checkpoints", config.checkpoint.keep_last, fence)
         if checkpoints.load(policy, teacher):
             log_event("resumed", version=policy.version)
 
-        def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
-            asked = [work.question(group) for group in groups]
-            idle_too = config.trainer.score_idle_rows
-            return assemble(step, groups, asked, tokenizer, config.method, scores_idle_rows=idle_too)
-
+        assemble_step = _assembler(config, work, tokenizer)
         journal, steps, sender = Journal(), Steps(assemble_step), None
-        if is_first:
-            epoch, queue = _take_over(config)
+        if fence and queue:
+            queue.withdraw_later(policy.version + 1 + config.trainer.max_staleness)
             backend = "nccl" if on_gpu else "gloo"
             sender = WeightSender(
-                queue, config.weight_sync, epoch=epoch, backend=backend, authorization=authorization()
+                queue, config.weight_sync, epoch=fence.epoch, backend=backend, authorization=authorization()
             )
             journal = RunJournal(
                 config,
@@ -104,7 +102,7 @@ def run(config: RunConfig) -> int:
                 question_of=work.question,
                 decode=partial(decode, tokenizer),
                 set_progress=queue.set_progress,
-                assert_newest=queue.assert_newest,
+                fence=fence,
             )
             steps = Rank0Steps(
                 assemble_step,
@@ -116,11 +114,20 @@ def run(config: RunConfig) -> int:
                 stop_requested=lambda: terminated.is_set() or bool(queue.stop_requested()),
             )
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
-        exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None)
+        exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None, fence)
         finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
+
+
+def _assembler(config: RunConfig, work: WorkList, tokenizer: PreTrainedTokenizerBase) -> Assemble:
+    def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
+        asked = [work.question(group) for group in groups]
+        idle_too = config.trainer.score_idle_rows
+        return assemble(step, groups, asked, tokenizer, config.method, scores_idle_rows=idle_too)
+
+    return assemble_step
 
 
 @contextmanager
@@ -139,17 +146,17 @@ def _ranks(config: RunConfig) -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _take_over(config: RunConfig) -> tuple[int, TrainerQueue]:
+def _take_over(config: RunConfig, fence: Fence) -> TrainerQueue:
     """Become the run's only trainer, for Prometheus too. Every earlier one is fenced out from here on."""
     if config.trainer.metrics_port:
         _serve_metrics(config.weight_sync.host, config.trainer.metrics_port)
     redis = connect(config.redis.url or os.environ.get("REDIS_URL", ""))
-    epoch = _next_epoch(config.directory / "epoch", RunView(redis, config.key_prefix).highest_epoch())
+    epoch = fence.take_over(RunView(redis, config.key_prefix).highest_epoch())
     queue = TrainerQueue(redis, config.key_prefix, epoch)
     queue.open()
     queue.withdraw("validation")
     log_event("took_over", epoch=epoch)
-    return epoch, queue
+    return queue
 
 
 def _serve_metrics(host: str, port: int) -> None:
@@ -157,21 +164,6 @@ def _serve_metrics(host: str, port: int) -> None:
         start_http_server(port, host)
     except OSError as error:
         raise ConfigError(f"trainer.metrics_port = {port}: cannot listen on {host}: {error.strerror}.") from None
-
-
-def _next_epoch(path: Path, highest_in_redis: int) -> int:
-    """One more than any epoch before, also when Redis has forgotten its last seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        epoch = max(int(file.read() or 0), highest_in_redis) + 1
-        file.seek(0)
-        file.truncate()
-        file.write(str(epoch))
-        file.flush()
-        os.fsync(file.fileno())
-    return epoch
 
 
 def _check_fit(config: RunConfig, work: WorkList) -> None:

@@ -6,6 +6,7 @@ Each rank writes the rows of every tensor that it holds; reading takes the rows 
 have them, so a run may go on with another number of ranks. safetensors and JSON only.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from retort.config import ConfigError
 from retort.telemetry import log_event
+from services.trainer.fence import Fence
 from services.trainer.policy import Policy, local
 from services.trainer.ranks import broadcast_bytes
 from services.trainer.teacher import Teacher
@@ -44,14 +46,22 @@ class Saved:
 class Checkpoints:
     """The directory `checkpoints/` of a run. `save` and `load` are collectives."""
 
-    def __init__(self, directory: Path, keep_last: int) -> None:
+    def __init__(self, directory: Path, keep_last: int, fence: Fence | None = None) -> None:
+        """`fence` is rank 0's: only the newest trainer commits."""
         self._directory = directory
         self._keep_last = keep_last
+        self._fence = fence
 
     def save(self, policy: Policy, teacher: Teacher) -> None:
-        """Write policy, teacher and optimizer; once that is durable, delete what `keep_last` no longer covers."""
+        """Write policy, teacher and optimizer; once that is durable, delete what `keep_last` no longer covers.
+
+        Raises Fenced if a newer trainer has taken over; then nothing has changed.
+        """
         name = f"step-{policy.version:06d}"
-        unfinished = self._directory / f"{name}.unfinished"
+        epoch = self._fence.epoch if self._fence else 0
+        # Named after its writer: a trainer that was replaced while it wrote must not write into its successor's.
+        writer = broadcast_bytes(str(epoch).encode()).decode()
+        unfinished = self._directory / f"{name}.{writer}.unfinished"
         if policy.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -66,12 +76,16 @@ class Checkpoints:
             digests = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             _write(unfinished / MANIFEST, json.dumps(digests, indent=1))
             _sync(unfinished)
-            final = self._directory / name
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
-            _sync(self._directory)
-            self._tidy(policy.version)
+            with self._fence.held() if self._fence else contextlib.nullcontext():
+                self._commit(unfinished, policy.version)
         dist.barrier()
+
+    def _commit(self, unfinished: Path, version: int) -> None:
+        final = self._directory / f"step-{version:06d}"
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        _sync(self._directory)
+        self._tidy(version)
 
     def load(self, policy: Policy, teacher: Teacher) -> bool:
         """Continue from the newest whole checkpoint; False when there has never been one.

@@ -7,6 +7,7 @@
 Each is whole or absent. The weights say in their header what they are, so that one rename replaces both.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from retort.config import RunConfig
 from retort.weight_sync import Snapshot
+from services.trainer.fence import Fence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,12 +69,17 @@ class Exports:
     """Writes the directory `hf/` of a run, from the snapshots that replicas get. Rank 0 has them; others do nothing."""
 
     def __init__(
-        self, config: RunConfig, tokenizer: "PreTrainedTokenizerBase", write_card: Callable[[], None] | None
+        self,
+        config: RunConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        write_card: Callable[[], None] | None,
+        fence: Fence | None = None,
     ) -> None:
-        """`write_card` is called after every export."""
+        """`write_card` is called after every export; `fence` keeps trainers out that were replaced."""
         self._config = config
         self._tokenizer = tokenizer
         self._write_card = write_card
+        self._fence = fence
 
     def after_step(self, snapshot: Snapshot | None, score: float | None) -> None:
         """Export the policy if it is one to keep, or better than every one before.
@@ -103,9 +110,10 @@ class Exports:
     def _export(self, snapshot: Snapshot, place: str, score: float | None) -> None:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.tensors()}
         export = Exported(snapshot.version, score)
-        write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
-        if self._write_card:
-            self._write_card()
+        with self._fence.held() if self._fence else contextlib.nullcontext():
+            write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
+            if self._write_card:
+                self._write_card()
 
 
 def write_model(

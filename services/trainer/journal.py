@@ -16,6 +16,7 @@ from retort.rollouts import RolloutGroup
 from retort.telemetry import log_with
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
+from services.trainer.fence import Fence
 from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.ranks import gather_all
 from services.trainer.update import Update
@@ -59,9 +60,6 @@ class Journal:
     def beat(self) -> None:
         """Say that it is still doing it."""
 
-    def assert_newest(self) -> None:
-        """Raise `Fenced` if a newer trainer has taken over this run: then its files are no longer ours to write."""
-
     def is_validated(self, version: int) -> bool:
         """Whether metrics.jsonl has the validation of a policy version."""
         return False
@@ -88,9 +86,9 @@ class RunJournal(Journal):
         question_of: Callable[[RolloutGroup], Question],
         decode: Decode,
         set_progress: Callable[..., None],
-        assert_newest: Callable[[], None],
+        fence: Fence,
     ) -> None:
-        """Cuts the files back to `version`, from which the run goes on. `assert_newest` raises in a fenced trainer."""
+        """Cuts the files back to `version`, from which the run goes on."""
         super().__init__()
         self._config = config
         self._directory = config.directory
@@ -98,15 +96,16 @@ class RunJournal(Journal):
         self._question_of = question_of
         self._decode = decode
         self._set_progress = set_progress
-        self._assert_newest = assert_newest
+        self._fence = fence
         self._step_started = time.perf_counter()
         self._validation: dict[str, float] = {}
-        lines = _cut_back(self._directory / "metrics.jsonl", version)
+        with fence.held():
+            lines = _cut_back(self._directory / "metrics.jsonl", version)
+            for groups in (*self._directory.glob("rollouts/step-*"), *self._directory.glob("validation/step-*")):
+                if int(groups.stem.removeprefix("step-")) > version:
+                    groups.unlink()
         self._recorded = {line["step"] for line in lines}
         self._validated = {line["step"] for line in lines if any(name.startswith("val-core/") for name in line)}
-        for groups in (*self._directory.glob("rollouts/step-*"), *self._directory.glob("validation/step-*")):
-            if int(groups.stem.removeprefix("step-")) > version:
-                groups.unlink()
 
     def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
         now = time.time()
@@ -127,19 +126,15 @@ class RunJournal(Journal):
         self._set_progress(updated=now)
         gauges.PROGRESS.set(now)
 
-    def assert_newest(self) -> None:
-        self._assert_newest()
-
     def is_validated(self, version: int) -> bool:
         return version in self._validated
 
     def record_untrained(self) -> None:
-        self._assert_newest()
-        self._append(0, {})
+        with self._fence.held():
+            self._append(0, {})
 
     def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
         super().record(batch, updates, report)
-        self._assert_newest()
         self._version = batch.step
         longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
         metrics = step_metrics(batch, updates, longest, max_ratio)
@@ -158,19 +153,21 @@ class RunJournal(Journal):
         lines = [
             self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups
         ]
-        _write_lines(self._directory / "rollouts" / f"step-{batch.step:06d}.jsonl", lines)
-        self._append(batch.step, metrics)
+        with self._fence.held():
+            _write_lines(self._directory / "rollouts" / f"step-{batch.step:06d}.jsonl", lines)
+            self._append(batch.step, metrics)
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         metrics = validation_metrics_of(groups)
         lines = [self._line(group, question, [(None, None, None)] * len(group.rollouts)) for group, question in groups]
-        _write_lines(self._directory / "validation" / f"step-{version:06d}.jsonl", lines)
         gauges.set_validation(metrics)
         self._validated.add(version)
-        if version in self._recorded:
-            self._write({"step": version, "time": time.time(), "policy_version": version, **metrics})
-        else:
-            self._validation = metrics
+        with self._fence.held():
+            _write_lines(self._directory / "validation" / f"step-{version:06d}.jsonl", lines)
+            if version in self._recorded:
+                self._write({"step": version, "time": time.time(), "policy_version": version, **metrics})
+            else:
+                self._validation = metrics
 
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started

@@ -1,7 +1,6 @@
 """A replica in a process of its own that sends itself a signal in one phase of a weight sync."""
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterator, MutableMapping
@@ -25,7 +24,8 @@ class DoomedReplica(TorchReplica):
 
     async def _asgi(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["path"] == f"/weights/{self._phase}":
-            os.kill(os.getpid(), self._signal)
+            # To this thread, which therefore does nothing more; another might take its time to stop the process.
+            signal.pthread_kill(threading.get_ident(), self._signal)
         await super()._asgi(scope, receive, send)
 
 

@@ -13,11 +13,11 @@ from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem
 T = TypeVar("T")
 
 
-def an_item(group_id: str, kind: Kind = "train") -> WorkItem:
+def an_item(group_id: str, kind: Kind = "train", step: int = 1) -> WorkItem:
     return WorkItem(
         group_id=group_id,
         kind=kind,
-        step=1,
+        step=step,
         min_policy_version=0,
         prompt_ids=[1, 2, 3],
         group_size=0,

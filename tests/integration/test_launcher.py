@@ -150,15 +150,16 @@ def test_the_trainers_exit_code_and_last_words_are_passed_on(start) -> None:
 def test_a_run_that_hangs_ends_and_says_who_waits_for_whom(start) -> None:
     run = start("hangs", stall_s=1.5)
     code, output = run.finish()
-    assert code == 4
+    assert code == 4, output
     assert "the trainer (phase 'train', step 2) waits for groups from rollout-0" in output
+    assert "retort doctor: trainer waits for groups from rollout-0, since" in output
     assert run.descendants() == []
 
 
 def test_a_trainer_that_never_speaks_ends_the_run_after_the_startup_limit(start) -> None:
     run = start("dies", startup_s=1.0, max_restarts=50)
     code, output = run.finish()
-    assert code == 4
+    assert code == 4, output
     assert "not ready after 1 s" in output
     assert run.descendants() == []
 

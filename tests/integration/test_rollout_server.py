@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+import uvicorn
 
 from retort.config import ConfigError
 from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
@@ -83,6 +84,24 @@ async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "
         await asyncio.gather(running, return_exceptions=True)
         await reward.close()
         await redis.aclose()
+
+
+def test_a_server_that_has_announced_itself_can_be_called_before_it_answers(
+    run: Run, unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow_to_start(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(uvicorn.Server, "serve", slow_to_start)
+
+    async def story() -> None:
+        async with server(run, f"127.0.0.1:{unused_port}") as (one, _):
+            await one.until(lambda: run.view.members().keys() == {"rollout-0"})
+            url = httpx.URL(one.url)
+            _, writer = await asyncio.open_connection(url.host, url.port)
+            writer.close()
+
+    asyncio.run(story())
 
 
 def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(run: Run) -> None:

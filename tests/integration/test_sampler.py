@@ -55,12 +55,12 @@ def reward_address() -> Iterator[str]:
         yield address
 
 
-def work(group_id: str, *, answer: str = "B", min_policy_version: int = 0) -> WorkItem:
+def work(group_id: str, *, answer: str = "B", min_policy_version: int = 0, step: int = 9) -> WorkItem:
     """Four completions that answer A, B, C and D."""
     return WorkItem(
         group_id=group_id,
         kind="train",
-        step=1,
+        step=step,
         min_policy_version=min_policy_version,
         prompt_ids=[1, 2, 3],
         group_size=GROUP_SIZE,
@@ -183,7 +183,7 @@ def test_a_group_holds_what_the_engine_and_the_checker_said(run: Run, reward_add
         async with replica(run, reward_address) as one:
             await one.issue(work("g0", answer="C"))
             [group] = await one.groups(1)
-        assert (group.sampled_by, group.step, group.prompt_ids) == ("rollout-0", 1, [1, 2, 3])
+        assert (group.sampled_by, group.step, group.prompt_ids) == ("rollout-0", 9, [1, 2, 3])
         assert [rollout.reward for rollout in group.rollouts] == [0.0, 0.0, 1.0, 0.0]
         assert [rollout.parsed for rollout in group.rollouts] == ["A", "B", "C", "D"]
         first = group.rollouts[0]
@@ -267,6 +267,21 @@ def test_work_that_asks_for_a_newer_version_waits_for_it(run: Run, reward_addres
             await one.load(2)
             groups = await one.groups(2)
         assert {group.group_id: group.oldest_policy_version for group in groups} == {"later": 2, "now": 0}
+
+    asyncio.run(story())
+
+
+def test_a_replica_left_over_from_a_dead_trainer_samples_nothing_for_the_steps_that_made_its_weights(
+    run: Run, reward_address: str
+) -> None:
+    async def story() -> None:
+        async with replica(run, reward_address) as one:
+            await one.load(3)  # made from the groups of step 3 by a trainer that died before it saved them
+            await one.issue(work("again", step=3, min_policy_version=2))
+            assert await one.finished(block_s=0.3) == []
+            await one.load(2)
+            [group] = await one.groups(1)
+        assert {version for rollout in group.rollouts for version in rollout.policy_versions} == {2}
 
     asyncio.run(story())
 

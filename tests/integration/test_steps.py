@@ -14,6 +14,7 @@ from retort.rollouts import RolloutGroup, WorkItem
 from services.trainer import admission
 from services.trainer.admission import StalledError, WorkList
 from services.trainer.batch import StepBatch
+from services.trainer.fence import Fence
 from services.trainer.journal import RunJournal
 from services.trainer.steps import Rank0Steps, Steps
 from tests.integration.queue_run import Run
@@ -72,7 +73,7 @@ def rank_0(
         question_of=work.question,
         decode=str,
         set_progress=queue.set_progress,
-        assert_newest=queue.assert_newest,
+        fence=Fence(directory / "epoch", patience_s=1.0),
     )
 
     def stop_requested() -> bool:

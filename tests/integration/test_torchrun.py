@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,27 @@ def test_a_request_for_stacks_is_passed_on_to_the_ranks(tmp_path: Path) -> None:
         run.send_signal(signal.SIGUSR1)
         assert any("in wait_here" in line for line in run.stderr)
         run.terminate()
+
+
+def test_a_torchrun_that_is_told_to_end_lets_its_ranks_save_and_says_which_signal_it_was(tmp_path: Path) -> None:
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    pathlib.Path({str(saved)!r}).touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retort.cli.torchrun", "--nproc-per-node", "1", "--standalone", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert saved.exists()

@@ -2,13 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
 
-from retort.weight_sync import TransferRequest, WeightManifest, bucket_digest, open_process_group, receive
+from retort.weight_sync import TransferRequest, WeightManifest, bucket_digest, join, receive
 from tests.integration.queue_run import Run
 from tests.integration.replica import Replica
 from tests.training import a_language_model
@@ -34,18 +32,9 @@ class TorchEngine:
         return [await asyncio.to_thread(self._receive, request, manifest)]
 
     def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
-        deadline_s = request.deadline_s
-        store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=deadline_s))
-        group = open_process_group(
-            request.backend,
-            store,
-            request.transfer,
-            rank=request.broadcast_rank,
-            world_size=request.world_size,
-            timeout_s=deadline_s,
-        )
         digests = []
-        for number, (tensors, _) in enumerate(receive(group, manifest, torch.device("cpu"), deadline_s)):
+        arriving = receive(join(request), manifest, torch.device("cpu"), request.deadline_s)
+        for number, (tensors, _) in enumerate(arriving):
             storage = tensors[0][1].untyped_storage()
             bucket = torch.empty(0, dtype=torch.uint8).set_(storage)
             self._corrupt(number, bucket)

@@ -81,3 +81,28 @@ def test_the_stored_file_resumes_its_own_run(tmp_path: Path) -> None:
     with open_run_directory(config) as file:
         pass
     assert resolve_config(arguments(tmp_path, config=file, run_dir=None, resume=True)) == config
+
+
+def test_a_launcher_that_dies_while_it_writes_leaves_a_run_to_resume_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """As sudden as SIGKILL."""
+
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise Killed
+
+    def die_writing(**options: object) -> None:
+        config = resolve_config(arguments(tmp_path, **options))
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Path, "write_text", half)
+            with open_run_directory(config):
+                raise AssertionError("it went on")
+
+    die_writing()
+    with open_run_directory(resolve_config(arguments(tmp_path))):  # there was no run yet: it is started once more
+        pass
+    before = resolve_config(arguments(tmp_path, resume=True))
+    die_writing(resume=True)
+    assert resolve_config(arguments(tmp_path, resume=True)) == before

@@ -7,6 +7,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from services.trainer.batch import StepBatch
+from services.trainer.fence import Fence
 from services.trainer.journal import Journal, RunJournal
 from services.trainer.moments import moments
 from services.trainer.update import Update
@@ -30,7 +31,7 @@ def a_journal(directory: Path, progress: dict[str, Any], version: int = 0) -> Ru
         question_of=lambda group: QUESTIONS[int(group.group_id.rpartition("-")[2])],
         decode=lambda ids: " ".join(map(str, ids)),
         set_progress=lambda **fields: progress.update(fields),
-        assert_newest=lambda: None,
+        fence=Fence(directory / "epoch", patience_s=1.0),
     )
 
 

@@ -1,0 +1,201 @@
+"""`retort run` in a process that is forked from one that has torch loaded, and so are the services it starts.
+
+An import of torch takes seconds, a fork milliseconds: that is the difference between a handful of faults a minute and
+a hundred. Everything else is what `retort run` does. Waits that only cost time are shortened, in `shorten_waits`.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import retort.cli.__main__
+import retort.cli.launch
+import services.reward.__main__
+import services.rollout.__main__
+import services.rollout.simulated_engine
+import services.trainer.__main__
+from retort.cli import processes
+from retort.cli.processes import Program
+from retort.telemetry import LAUNCHER_PID, die_with_parent
+from services.trainer import admission, weight_sender
+
+MAINS: dict[str, Callable[[], int]] = {
+    "services.reward": services.reward.__main__.main,
+    "services.rollout": services.rollout.__main__.main,
+    "services.trainer": services.trainer.__main__.main,
+}
+REDIS_WAITS = "redis-waits"
+"""While this file is in the run directory, Redis is not started: its files are being shortened."""
+
+
+def import_what_torch_imports_late() -> None:
+    """The first update of an optimizer imports half of torch."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    torch.optim.AdamW([parameter]).step()
+
+
+import_what_torch_imports_late()
+spawn_executed = processes._spawn
+
+
+class Forked(subprocess.Popen):
+    """The handle of a process that was forked and runs no other program."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.args, self.returncode = pid, (), None
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._communication_started = True, False
+        self._waitpid_lock = threading.Lock()
+
+
+def launch(arguments: Sequence[str], output: Path, environment: dict[str, str]) -> None:
+    """`retort ARGUMENTS` in a process of multiprocessing's fork server."""
+    os.setsid()
+    os.environ.pop("REDIS_URL", None)
+    os.environ.update(environment)
+    redirect(output)
+    shorten_waits()
+    processes._spawn = spawn
+    sys.exit(retort.cli.__main__.main(list(arguments)))
+
+
+def shorten_waits() -> None:
+    """What only decides how soon a fault is noticed or tried again: here everything takes milliseconds."""
+    retort.cli.launch.REFRESH_S = 0.05
+    admission.ISSUE_AGAIN_S = 1.0
+    weight_sender.HEARD_OF_WITHIN_S = 5.0
+    impatient = processes.RestartPolicy
+    retort.cli.launch.RestartPolicy = lambda limit: impatient(limit, first_delay_s=0.05, longest_delay_s=0.05)
+
+
+def spawn(program: Program) -> subprocess.Popen[bytes]:
+    """As `processes._spawn`, but forked. Redis is not ours and has nothing to import."""
+    if program.name == "redis":
+        gate = program.log.parents[1] / REDIS_WAITS
+        deadline = time.monotonic() + 10
+        while gate.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return spawn_executed(program)
+    simulated = ["--engine", "simulated"] if program.name.startswith("rollout") else []
+    return fork(program.name, [*program.command, *simulated], program.environment, program.log)
+
+
+def fork(
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    before: Callable[[], None] | None = None,
+) -> Forked:
+    """A service in a process of its own. `before` is called there."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return Forked(pid)
+    code = 1
+    try:
+        os.setsid()
+        reset_signals()
+        die_with_parent(parent)
+        os.environ.update({**environment, LAUNCHER_PID: str(parent)})
+        redirect(log)
+        os.chdir(log.parent)
+        if before:
+            before()
+        code = trainer_ranks(command) if name == "trainer" else run_main(command[2], command[3:])
+    except BaseException:  # noqa: BLE001  # nothing may unwind into what the parent was doing
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_main(module: str, arguments: Sequence[str]) -> int:
+    sys.argv = [module, *arguments]
+    try:
+        return MAINS[module]()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+
+
+def trainer_ranks(command: Sequence[str]) -> int:
+    """What torchrun does for the trainer: so many ranks; when one fails, all end, with its exit code."""
+    ranks = int(command[command.index("--nproc-per-node") + 1])
+    arguments = command[command.index("services.trainer") + 1 :]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    if ranks == 1:
+        os.environ.update({**master, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+        return run_main("services.trainer", arguments)
+    children = [_fork_rank(rank, ranks, master, arguments) for rank in range(ranks)]
+    signal.signal(signal.SIGTERM, lambda number, _: [os.kill(child, number) for child in children])
+    code = 0
+    while children and not code:
+        ended, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
+        children.remove(ended)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return code if code >= 0 else 1
+
+
+def _fork_rank(rank: int, ranks: int, master: dict[str, str], arguments: Sequence[str]) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    die_with_parent(parent)
+    os.environ.update({**master, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+    code = 1
+    try:
+        code = run_main("services.trainer", arguments)
+    except BaseException:  # noqa: BLE001  # nothing may unwind into what the parent was doing
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def redirect(output: Path) -> None:
+    """Standard output and error into a file, standard input and all else that was inherited from nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    for inherited in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+        with contextlib.suppress(OSError):  # the one that listed the directory
+            # Not closed: objects of the parent think that they own the number, and would close what comes to have it.
+            os.dup2(nowhere, inherited)
+
+
+def reset_signals() -> None:
+    """What the launcher does with signals is no business of what it starts."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def start_in_fork_server(context: Any, target: Callable[..., None], *arguments: object) -> Any:
+    """A daemon of multiprocessing's fork server: it ends with the tests."""
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process

@@ -1,0 +1,194 @@
+"""One run under chaos, seen from outside, and what must be the same in the end whatever happened to it."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+from redis import Redis
+from redis.exceptions import RedisError
+from safetensors import safe_open
+
+from retort.cli.process_table import open_redis
+from retort.config import RunConfig, dump_config
+from retort.queues import RunView
+from retort.queues.protocol import Keys
+from services.trainer.admission import data_indices
+from tests.chaos import forked
+from tests.e2e.launched_run import LaunchedRun
+
+NOT_A_RESULT = ("time", "timing_s/", "perf/", "weight_sync/")
+"""Metrics of how it went, not of what came out."""
+NOT_OF_A_GROUP = ("sampled_by", "generate_seconds", "score_seconds")
+
+
+class Launcher:
+    """The launcher's process, with the methods of `subprocess.Popen` that `LaunchedRun` uses."""
+
+    def __init__(self, context: ForkServerContext, arguments: list[str], output: Path) -> None:
+        environment = {"PYTHONUNBUFFERED": "1"}
+        self._process = forked.start_in_fork_server(context, forked.launch, arguments, output, environment)
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int:
+        return int(self._process.exitcode)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join(60)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
+class ChaosRun(LaunchedRun):
+    """A run directory and the launcher that works on it, forked."""
+
+    def __init__(self, directory: Path, config: RunConfig, context: ForkServerContext) -> None:
+        super().__init__(directory)
+        self.config = config.model_copy(update={"run_dir": str(directory)})
+        self._context = context
+        self._clients: dict[str, Redis] = {}
+        self._file = directory.parent / f"{directory.name}.toml"
+        self._file.write_text(dump_config(self.config))
+
+    def start(self, *arguments: str, **settings: object) -> None:
+        options = [f"--set={key.replace('__', '.')}={value}" for key, value in settings.items()]
+        self.launcher = Launcher(  # type: ignore[assignment]
+            self._context, ["run", str(self._file), "--run-dir", str(self.directory), *arguments, *options], self.output
+        )
+
+    def resume(self) -> None:
+        """`--resume`, as somebody would type it after the launcher is gone."""
+        self.launcher.wait()
+        has_begun = (self.directory / "config.toml").exists()
+        self.start(*(["--resume"] if has_begun else []))
+
+    def pid_of(self, name: str) -> int | None:
+        """The present process of a service; None while it has none."""
+        try:
+            return next((p["pid"] for p in self.status()["processes"] if p["name"] == name), None)
+        except FileNotFoundError:
+            return None
+
+    def redis(self) -> Redis:
+        """A client that tells at once when nobody answers."""
+        [address] = [p["addresses"]["redis"] for p in self.status()["processes"] if p["name"] == "redis"]
+        if address not in self._clients:
+            self._clients[address] = open_redis(f"redis://{address}/0")
+        return self._clients[address]
+
+    @property
+    def run_id(self) -> str:
+        return next(
+            line.partition('"')[2].rstrip('"\n')
+            for line in (self.directory / "config.toml").read_text().splitlines()
+            if line.startswith("run_id")
+        )
+
+    def view(self) -> RunView:
+        return RunView(self.redis(), self.run_id)
+
+    def epoch(self) -> int:
+        """Of the newest trainer."""
+        file = self.directory / "epoch"
+        return int(file.read_text() or 0) if file.exists() else 0
+
+    def phase(self) -> str:
+        """What the trainer says it is doing; a fault is booked under it."""
+        try:
+            return self.view().progress().get("phase", "starting")
+        except (RedisError, FileNotFoundError, ValueError, StopIteration):
+            return "unknown"
+
+    def members(self) -> dict[str, Any]:
+        try:
+            return dict(self.view().members())
+        except (RedisError, FileNotFoundError, ValueError, StopIteration):
+            return {}
+
+    def accepted(self, after: str = "-") -> list[tuple[str, int, str]]:
+        """Trainer calls that Redis accepted: entry id, epoch, name of the call."""
+        try:
+            reply: Any = self.redis().xrange(Keys(self.run_id)("audit"), after)
+        except (RedisError, FileNotFoundError, ValueError, StopIteration):
+            return []
+        return [(entry.decode(), int(call[b"epoch"]), call[b"call"].decode()) for entry, call in reply]
+
+    def admitted(self, steps: int) -> Counter[str]:
+        """The groups that these steps ask for."""
+        trainer = self.config.trainer
+        num_questions = len(Path(self.config.data.train).read_text().splitlines())
+        plan = partial(
+            data_indices,
+            num_questions=num_questions,
+            groups_per_step=trainer.groups_per_step,
+            seed=self.config.seed,
+        )
+        steps_plan = [plan(step) for step in range(1, steps + 1)]
+        return Counter(f"{epoch}-{index:06d}" for epoch, indices in steps_plan for index in indices)
+
+    def results(self) -> dict[str, str]:
+        """SHA-256 of everything that must come out the same, by what it is."""
+        steps = self.config.trainer.steps
+        checkpoint = self.directory / "checkpoints" / f"step-{steps:06d}"
+        tensors = {kind: hashlib.sha256() for kind in ("policy", "teacher", "exp_avg", "exp_avg_sq", "exported")}
+        for file in sorted(checkpoint.glob("rank-*.safetensors")):
+            with safe_open(file, "pt") as shard:
+                for name in sorted(shard.keys()):
+                    tensors[name.partition(".")[0]].update(name.encode() + shard.get_tensor(name).numpy().tobytes())
+        with safe_open(self.directory / "hf" / "model.safetensors", "pt") as exported:
+            for name in sorted(exported.keys()):
+                tensors["exported"].update(name.encode() + exported.get_tensor(name).numpy().tobytes())
+        return {
+            **{kind: digest.hexdigest() for kind, digest in tensors.items()},
+            "metrics": _sha(_results_of(self.metrics())),
+            "groups": _sha([{k: v for k, v in group.items() if k not in NOT_OF_A_GROUP} for group in self.groups()]),
+        }
+
+    def check_exactly_once(self) -> None:
+        """Groups admitted = groups trained, as sets and as counts, from the run's own files."""
+        steps = self.config.trainer.steps
+        assert [line["step"] for line in self.metrics()] == list(range(steps + 1))
+        assert Counter(group["group_id"] for group in self.groups()) == self.admitted(steps)
+        for group in self.groups():
+            for rollout in group["rollouts"]:
+                assert set(rollout["policy_versions"]) == {group["step"] - 1}, group["group_id"]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            if process.pid == self.launcher.pid or process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            return process.cwd().startswith(str(self.directory))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return False
+
+
+def _results_of(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        yield {name: value for name, value in line.items() if not name.startswith(NOT_A_RESULT)}
+
+
+def _sha(values: Any) -> str:
+    return hashlib.sha256(json.dumps(list(values), sort_keys=True).encode()).hexdigest()
+
+
+def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.02)

@@ -1,0 +1,52 @@
+"""What a session of chaos did and saw, in figures: printed at its end, whether it passed or not."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tests.chaos.faults import Chaos
+
+
+@dataclass
+class Tally:
+    """Sums over all runs of a session."""
+
+    runs: int = 0
+    identical: int = 0
+    faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(kind, what the trainer was doing) -> how often."""
+    recovered_s: dict[str, list[float]] = field(default_factory=dict)
+    accepted_calls: int = 0
+    zombies: Counter[str] = field(default_factory=Counter)
+    """Trainers that were replaced while frozen, by what they were doing; each ended fenced."""
+    boundaries: int = 0
+    swept: int = 0
+
+    def add(self, chaos: Chaos) -> None:
+        self.runs += 1
+        self.faults.update((hit.kind, hit.state) for hit in chaos.hits)
+        self.accepted_calls += len(chaos.accepted)
+        for name, seconds in chaos.recovered_s.items():
+            self.recovered_s.setdefault(name, []).extend(seconds)
+
+    def lines(self) -> Iterator[str]:
+        """The table."""
+        yield f"{self.runs} runs with {self.faults.total()} faults, {self.identical} ended with the undisturbed bits"
+        yield f"{self.accepted_calls} accepted trainer calls were read back, epochs never fell"
+        for kind in sorted({kind for kind, _ in self.faults}):
+            states = {state: count for (one, state), count in self.faults.items() if one == kind}
+            shown = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))
+            yield f"  {kind:<18} {sum(states.values()):>4}  ({shown})"
+        for name, seconds in sorted(self.recovered_s.items()):
+            half, most = _percentile(seconds, 0.5), _percentile(seconds, 0.95)
+            yield f"  {name} was back after {half:.1f} s (half), {most:.1f} s (95 %), {len(seconds)} times"
+        if self.zombies:
+            shown = ", ".join(f"{state} {count}" for state, count in self.zombies.items())
+            yield f"{self.zombies.total()} trainers were frozen and replaced, and each was refused ({shown})"
+        if self.boundaries:
+            yield f"killed at {self.swept} of the trainer's {self.boundaries} operation boundaries"
+
+
+def _percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
