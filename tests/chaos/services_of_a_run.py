@@ -63,6 +63,7 @@ class Services:
 def in_a_process_of_its_own(work: Callable[..., object], config_file: str, output: Path, *arguments: object) -> None:
     """Runs `work(services, *arguments)` and leaves its result, as JSON, beside `output`."""
     os.setsid()
+    forked.be_like_a_started_program()
     forked.redirect(output)
     forked.shorten_waits()
     config = load_config(config_file)
