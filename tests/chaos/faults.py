@@ -95,6 +95,7 @@ class Chaos:
         while time.monotonic() < until:
             self._thaw()
             self._note_recoveries()
+            self.run.note_what_must_go()
             self.accepted |= {entry: epoch for entry, epoch, _ in self.run.accepted()}
             time.sleep(0.03)
 

@@ -5,6 +5,7 @@ a hundred. Everything else is what `retort run` does. Waits that only cost time 
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -63,12 +64,18 @@ class Forked(subprocess.Popen):
 def launch(arguments: Sequence[str], output: Path, environment: dict[str, str]) -> None:
     """`retort ARGUMENTS` in a process of multiprocessing's fork server."""
     os.setsid()
+    be_like_a_started_program()
     os.environ.pop("REDIS_URL", None)
     os.environ.update(environment)
     redirect(output)
     shorten_waits()
     processes._spawn = spawn
     sys.exit(retort.cli.__main__.main(list(arguments)))
+
+
+def be_like_a_started_program() -> None:
+    """A child of the fork server would leave the names of its semaphores to a tracker that these processes have not."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def shorten_waits() -> None:

@@ -63,6 +63,7 @@ class Services:
 def in_a_process_of_its_own(work: Callable[..., object], config_file: str, output: Path, *arguments: object) -> None:
     """Runs `work(services, *arguments)` and leaves its result, as JSON, beside `output`."""
     os.setsid()
+    forked.be_like_a_started_program()
     forked.redirect(output)
     forked.shorten_waits()
     config = load_config(config_file)
@@ -86,6 +87,9 @@ def take_over_again_and_again(services: Services, seed: int, times: int) -> dict
             break
         before = _epoch(epoch_file)
         os.kill(trainer.pid, signal.SIGSTOP)
+        if _is_over(services):
+            os.kill(trainer.pid, signal.SIGCONT)  # nothing is left that it could be refused
+            break
         frozen_in.append(_phase(services))
         successor = services.trainer()
         deadline = time.monotonic() + 10
@@ -101,6 +105,12 @@ def take_over_again_and_again(services: Services, seed: int, times: int) -> dict
 
 def _epoch(file: Path) -> int:
     return int(file.read_text()) if file.exists() else 0
+
+
+def _is_over(services: Services) -> bool:
+    """Whether the last checkpoint is there: a trainer may end well from here, whoever came after it."""
+    last = f"step-{services.config.trainer.steps:06d}"
+    return (services.config.directory / "checkpoints" / last).exists()
 
 
 def _phase(services: Services) -> str:

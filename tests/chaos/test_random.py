@@ -7,7 +7,7 @@ from tests.chaos.faults import WEIGHTS, Chaos
 from tests.chaos.tally import Tally
 
 pytestmark = pytest.mark.timeout(1200)
-STEPS = 16
+STEPS = 24
 FAULTS_PER_RUN = 20
 SHORT_FORM, LONG_FORM = range(3), range(3, 50)
 
@@ -16,7 +16,7 @@ SHORT_FORM, LONG_FORM = range(3), range(3, 50)
 def test_whatever_happens_the_run_ends_with_the_bits_of_the_undisturbed_one(
     number: int, chaos_config, make_run: MakeRun, undisturbed, tally: Tally
 ) -> None:
-    config = chaos_config(STEPS)
+    config = chaos_config(STEPS, trainer={"ranks": 2 if number % 8 == 7 else 1})
     expected = undisturbed(config)
     run = make_run(config, f"run-{number}")
     chaos = Chaos(run, chaos_seed() * 1000 + number)

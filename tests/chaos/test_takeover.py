@@ -21,7 +21,7 @@ from tests.chaos.services_of_a_run import (
 from tests.chaos.tally import Tally
 
 pytestmark = pytest.mark.timeout(1800)
-STEPS = 12
+STEPS = 24
 
 
 def outcome_of(work: Any, config: RunConfig, directory: Path, context: Any, *arguments: object) -> dict[str, Any]:

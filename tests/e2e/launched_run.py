@@ -70,7 +70,7 @@ class LaunchedRun:
         while not condition():
             assert not goes_on or self.launcher.poll() is None, f"the run ended before {what}\n{self.tails()}"
             assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}\n{self.tails()}"
-            self._look()
+            self.note_what_must_go()
             time.sleep(0.1)
 
     def until_step(self, step: int) -> None:
@@ -145,7 +145,7 @@ class LaunchedRun:
             "shared memory": [str(path) for path in sorted(self.shared_memory) if path.exists()],
         }
 
-    def _look(self) -> None:
+    def note_what_must_go(self) -> None:
         """Note, once a second, what will have to be gone in the end."""
         if time.monotonic() < self._looked_at + 1 or not (self.directory / "status.json").exists():
             return
