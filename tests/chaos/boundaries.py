@@ -42,7 +42,7 @@ class Boundaries:
         self._wrap(Path, "write_text", lambda path, *_, **__: f"write {path.suffix}")
         for module in (services.trainer.checkpoint, services.trainer.export):
             self._wrap(module, "save_file", lambda *_, **__: "save_file")
-        self._wrap(retort.weight_sync, "_broadcast", lambda *_, **__: "broadcast")
+        self._wrap(retort.weight_sync, "_start_broadcast", lambda *_, **__: "broadcast")
         for name in ("_prepare", "_ask"):
             if hasattr(WeightSender, name):
                 self._wrap_async(WeightSender, name, lambda _, __, phase, *___: f"ask {phase}")

@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "a replica announces itself before it listens",
         "services/rollout/__main__.py",
-        "    listening.listen()\n",
-        "",
+        "        listening.listen()\n",
+        "        pass\n",
         "tests/integration/test_rollout_server.py",
     ),
     Mutant(
