@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from retort.cli.interrupts import Interrupts
+from retort.cli.invocation import command
 from retort.cli.metrics_tail import accuracy, is_validation
 from retort.cli.panel import Screen, clock, step_line, validation_line
 from retort.cli.preflight import is_listening
@@ -150,8 +151,9 @@ class LocalRun:
         directory = self._config.directory
         self._screen.say(f"done: {self._config.trainer.steps} steps in {self._elapsed()}")
         self._screen.say(f"  open the report      {build_report(directory)}")
-        self._screen.say(f"  talk to the model    retort chat {directory}")
-        self._screen.say("  use 8 GPUs           retort plan configs/qwen3-4b-sciknoweval.toml (docs/reference-run.md)")
+        self._screen.say(f"  talk to the model    {command('chat', directory)}")
+        plan = command("plan", "configs/qwen3-4b-sciknoweval.toml")
+        self._screen.say(f"  use 8 GPUs           {plan} (docs/reference-run.md)")
 
     def _judge(self, ending: Ending | None) -> Outcome | None:
         """What the end of a process means for the run."""
