@@ -1,5 +1,6 @@
 """The story of a run on this machine: start the services, follow the trainer, stop everything, tell how it went."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from retort.cli.interrupts import Interrupts
 from retort.cli.invocation import command
+from retort.cli.liveness import identity
 from retort.cli.metrics_tail import accuracy, is_validation
 from retort.cli.panel import STOPPING, Screen, clock, step_line, validation_line
 from retort.cli.preflight import is_listening
@@ -235,7 +237,7 @@ class LocalRun:
         processes = [
             {
                 "name": name,
-                "pid": child.process.pid if child.process else None,
+                **identity(child.process.pid if child.process else None),
                 "addresses": dict(child.program.addresses),
                 "restarts": child.restarts,
                 "state": child.state,
@@ -252,6 +254,8 @@ class LocalRun:
             "since": float(seen.progress.get("since", 0.0)),
             "updated": time.time(),
             "exit_code": exit_code,
+            "launcher": identity(os.getpid()),
+            "elapsed_s": time.monotonic() - self._began,
             "processes": processes,
         }
         write_status(self._config.directory, status)

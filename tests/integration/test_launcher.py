@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from retort.cli.status import read_status
 from retort.config import RunConfig, dump_config
 from retort.telemetry import LAUNCHER_PID
 
@@ -286,6 +287,8 @@ def test_a_killed_launcher_leaves_no_process(start) -> None:
     run.process.communicate()
     _, alive = psutil.wait_procs(below, timeout=5)
     assert alive == []
+    status = read_status(run.run_dir)
+    assert (status["phase"], {process["state"] for process in status["processes"]}) == ("died", {"gone"})
 
 
 def test_a_service_that_died_leaves_nothing_below_it(start) -> None:
