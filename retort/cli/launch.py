@@ -1,5 +1,6 @@
 """The story of a run on this machine: start the services, follow the trainer, stop everything, tell how it went."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from rich.console import Console
 
 from retort.cli.doctor import diagnose, gather
 from retort.cli.interrupts import Interrupts
+from retort.cli.invocation import command
+from retort.cli.liveness import identity
 from retort.cli.metrics_tail import accuracy, is_validation
-from retort.cli.panel import Screen, clock, step_line, validation_line
+from retort.cli.panel import STOPPING, Screen, clock, step_line, validation_line
 from retort.cli.preflight import is_listening
 from retort.cli.process_table import answers, open_redis, plan_programs
 from retort.cli.processes import Ending, Program, RestartPolicy, Supervisor, last_lines
 from retort.cli.run_directory import open_run_directory
 from retort.cli.status import write_status
-from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, who_waits
+from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, what_a_stop_does, who_waits
 from retort.config import ConfigError, RunConfig
 from retort.queues import clear_stop, request_stop
 
@@ -81,6 +84,8 @@ class LocalRun:
         self._stall = StallClock(config.timeouts.stall_s)
         self._reached: dict[str, str] = {}
         self._stopping = False
+        self._resumed_from = int(re.sub(r"\D", "", self._newest_checkpoint()) or 0)
+        """Steps that earlier launches made."""
 
     def start(self, programs: list[Program]) -> Outcome | None:
         """Start Redis, then everything else at once. Returns an outcome if Redis did not come up."""
@@ -156,10 +161,13 @@ class LocalRun:
         from retort.cli.report import build_report
 
         directory = self._config.directory
-        self._screen.say(f"done: {self._config.trainer.steps} steps in {self._elapsed()}")
+        steps = self._config.trainer.steps
+        made = f"{steps - self._resumed_from} steps (to {steps})" if self._resumed_from else f"{steps} steps"
+        self._screen.say(f"done: {made} in {self._elapsed()}")
         self._screen.say(f"  open the report      {build_report(directory)}")
-        self._screen.say(f"  talk to the model    retort chat {directory}")
-        self._screen.say("  use 8 GPUs           retort plan configs/qwen3-4b-sciknoweval.toml (docs/reference-run.md)")
+        self._screen.say(f"  talk to the model    {command('chat', directory)}")
+        plan = command("plan", "configs/qwen3-4b-sciknoweval.toml")
+        self._screen.say(f"  use 8 GPUs           {plan} (docs/reference-run.md)")
 
     def _judge(self, ending: Ending | None) -> Outcome | None:
         """What the end of a process means for the run."""
@@ -177,6 +185,7 @@ class LocalRun:
     def _asked_to_stop(self, seen: Sighting) -> Outcome | None:
         """Ctrl-C once: let the trainer finish its step and save. Twice, or before there is a trainer: stop at once."""
         if self._interrupts.count >= 2 or (self._interrupts.count and not seen.progress):
+            self._screen.say("stopping at once")
             return Outcome(130, "stopped at once")
         if self._interrupts.count and not self._stopping:
             try:
@@ -184,8 +193,8 @@ class LocalRun:
             except RedisError:
                 return None  # it is being restarted; asked again at the next look
             self._stopping = True
-            step = max(self._watch.metrics.by_step, default=0) + 1
-            self._screen.say(f"finishing step {step}, then saving; press Ctrl-C again to stop at once")
+            what = what_a_stop_does(seen.progress.get("phase", ""), self._watch.metrics.by_step)
+            self._screen.say(f"{what}; press Ctrl-C again to stop at once")
         return None
 
     def _overdue(self, seen: Sighting) -> Outcome | None:
@@ -205,7 +214,7 @@ class LocalRun:
 
     def _tell(self, seen: Sighting) -> None:
         """Pass on what is new: lines for the user, the panel, status.json."""
-        phase = "stopping" if self._stopping else seen.progress.get("phase", "starting")
+        phase = STOPPING if self._stopping else seen.progress.get("phase", "starting")
         for key, text in milestones(seen, self._reachable()).items():
             if key not in self._reached:
                 self._reached[key] = text
@@ -236,7 +245,7 @@ class LocalRun:
         processes = [
             {
                 "name": name,
-                "pid": child.process.pid if child.process else None,
+                **identity(child.process.pid if child.process else None),
                 "addresses": dict(child.program.addresses),
                 "restarts": child.restarts,
                 "state": child.state,
@@ -253,6 +262,8 @@ class LocalRun:
             "since": float(seen.progress.get("since", 0.0)),
             "updated": time.time(),
             "exit_code": exit_code,
+            "launcher": identity(os.getpid()),
+            "elapsed_s": time.monotonic() - self._began,
             "processes": processes,
         }
         write_status(self._config.directory, status)

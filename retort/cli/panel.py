@@ -1,6 +1,7 @@
 """What the user sees while a run goes on: lines, and on a terminal a live panel below them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -10,8 +11,20 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from retort.cli.metrics_tail import Metrics
+from retort.cli.terminal import silent_control_keys
+
+WIDTH = 100
+"""Of the panel, in columns, where the terminal is no narrower."""
+
+
+STOPPING = "stopping"
+"""The phase of a run from the user's wish to stop until it has."""
+ACCURACY = "avg@n"
+ROWS = ("reward", ACCURACY, "speed", "weight sync", "waited for rollouts", "step time", "version", "left")
+"""Figures of the panel, which keeps the place of those that are not known yet."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,8 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._shown = False
+        self._shown = ExitStack()
+        self._is_shown = False
 
     @property
     def live(self) -> bool:
@@ -61,15 +75,15 @@ class Screen:
 
     def show(self, view: View) -> None:
         if self._live:
-            if not self._shown:
-                self._live.start()
-                self._shown = True
-            self._live.update(panel(view), refresh=True)
+            if not self._is_shown:
+                self._shown.enter_context(silent_control_keys(self._console.file))
+                self._shown.enter_context(self._live)
+                self._is_shown = True
+            self._live.update(panel(view, min(WIDTH, self._console.width)), refresh=True)
 
     def close(self) -> None:
-        if self._live and self._shown:
-            self._live.stop()
-            self._shown = False
+        self._shown.close()
+        self._is_shown = False
 
 
 def step_line(line: Metrics, view: View) -> str:
@@ -87,17 +101,24 @@ def validation_line(version: int, value: float, before: float, samples: int) -> 
     return f"validation of version {version}: avg@{samples} {value:.3f} ({value - before:+.3f} since the start)"
 
 
-def panel(view: View) -> Panel:
-    """The live panel."""
+def panel(view: View, width: int) -> Panel:
+    """The live panel, of the same size whatever there is to show."""
     table = Table.grid(padding=(0, 2))
-    table.add_row("step", f"{view.step} of {view.steps}, {view.phase}")
+    table.add_row("step", _one_line(f"{view.step} of {view.steps}, {view.phase}"))
     table.add_row("", ProgressBar(total=view.steps, completed=view.step, width=40))
-    for name, value in _figures(view.last_step, view):
-        table.add_row(name, value)
-    if view.waiting_for:
-        table.add_row("waiting", f"trainer waits for {view.waiting_for} ({view.waiting_s:.0f} s)")
-    table.add_row("services", ", ".join(_service(*service) for service in view.services))
-    return Panel(table, title=f"retort run {view.run}", title_align="left", expand=False)
+    figures = dict(_figures(view.last_step, view))
+    waiting = f"trainer waits for {view.waiting_for} ({view.waiting_s:.0f} s)" if view.waiting_for else ""
+    # What is not as it should be comes first, where the line is cut last.
+    services = sorted(view.services, key=lambda service: (service[1] == "running", -service[2]))
+    for name in (f"avg@{view.samples}" if name == ACCURACY else name for name in ROWS):
+        table.add_row(name, _one_line(figures.get(name, "-")))
+    table.add_row("waiting", _one_line(waiting or "-"))
+    table.add_row("services", _one_line(", ".join(_service(*service) for service in services)))
+    return Panel(table, title=f"retort run {view.run}", title_align="left", width=width)
+
+
+def _one_line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def clock(seconds: float) -> str:
@@ -114,14 +135,17 @@ def _figures(line: Metrics, view: View) -> list[tuple[str, str]]:
         ("speed", "perf/throughput", "{:,.0f} tokens/s"),
         ("weight sync", "timing_s/weight_sync", "{:.2f} s"),
         ("waited for rollouts", "timing_s/wait_groups", "{:.2f} s"),
-        ("step time", "timing_s/step", "{:.1f} s"),
     ]
     figures = [(name, text.format(line[key])) for name, key, text in formats if key in line]
     if view.accuracy:
         version, value = view.accuracy[-1]
         figures.insert(1, (f"avg@{view.samples}", f"{value:.3f} (version {version})"))
+    if "timing_s/step" in line:
+        validation = line.get("timing_s/validation", 0.0)
+        besides = f" and {validation:.1f} s of validation" if validation else ""
+        figures.append(("step time", f"{line['timing_s/step'] - validation:.1f} s{besides}"))
     figures.append(("version", f"{int(line.get('policy_version', view.policy_version))}"))
-    if view.seconds_left is not None:
+    if view.seconds_left is not None and view.phase != STOPPING:
         figures.append(("left", clock(view.seconds_left)))
     return figures
 

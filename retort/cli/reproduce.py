@@ -13,6 +13,7 @@ from typing import Any
 
 from retort.cli import run
 from retort.cli.compare.table import Measured, Row, aligned, difference_text, has_peak, rows, value_text
+from retort.cli.invocation import command
 from retort.cli.prepare import TEST_FILE, TRAIN_FILE, checksum_problem
 from retort.cli.published import Band, Published, read_published
 from retort.cli.report.run_files import read_run
@@ -75,7 +76,8 @@ def check_questions(data: DataConfig, domain: str) -> None:
     else:
         problem = checksum_problem(sums, domain)
     if problem:
-        raise ConfigError(f"{problem} Make them with `retort prepare sciknoweval --domain {domain}`.")
+        make = command("prepare", "sciknoweval", "--domain", domain)
+        raise ConfigError(f"{problem} Make them with `{make}`.")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from retort.cli import preflight
+from retort.cli.invocation import command
 from retort.cli.run_directory import resolve_config
 
 EXIT_CODES = """\
@@ -40,4 +41,4 @@ def resume_command(args: argparse.Namespace, directory: Path) -> str:
     """What to type to continue this run."""
     # The run's own config.toml always leads back to it; the user's file does unless the command line said otherwise.
     elsewhere = args.run_dir or any(item.partition("=")[0].strip() in ("name", "run_dir") for item in args.set)
-    return f"retort run {directory / 'config.toml' if elsewhere else args.config} --resume"
+    return command("run", directory / "config.toml" if elsewhere else args.config, "--resume")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from retort.cli.invocation import command
 from retort.config import ConfigError, RunConfig, dump_config, load_config
 
 DRAFT = ".config.toml.part"
@@ -51,7 +52,8 @@ def open_run_directory(config: RunConfig) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"{directory} is in use by another `retort run`. `retort status` shows it.") from None
+            show = command("status", directory)
+            raise ConfigError(f"{directory} is in use by another `retort run`. `{show}` shows it.") from None
         file = directory / "config.toml"
         draft = directory / DRAFT
         draft.write_text(dump_config(config), encoding="utf-8")

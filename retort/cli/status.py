@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retort.config import ConfigError
+from retort.cli.invocation import command
+from retort.cli.liveness import is_gone
+from retort.cli.metrics_tail import MetricsTail
+from retort.cli.panel import clock
+from retort.config import ConfigError, load_config
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from retort.queues import Member, RunView
 
 STATUS_FILE = "status.json"
+DIED = "died"
+"""The phase of a run whose launcher is gone without a word."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    directory = args.run_dir or newest_run(Path("runs"))
+    runs = [] if args.run_dir else all_runs(Path("runs"))
+    directory = args.run_dir or runs[0]
     status = read_status(directory)
     replicas = read_replicas(directory, status)
     if args.json:
         print(json.dumps({**status, "replicas": replicas}, indent=2))
     else:
-        print("\n".join(status_lines(directory, status, replicas, now=time.time())))
+        lines = status_lines(directory, status, replicas, now=time.time())
+        print("\n".join([*lines, *result_lines(directory, status), *(_in_short(run) for run in runs[1:])]))
     return 0
 
 
@@ -42,25 +50,37 @@ def write_status(directory: Path, status: Mapping[str, Any]) -> None:
     os.replace(draft, directory / STATUS_FILE)
 
 
+def all_runs(runs: Path) -> list[Path]:
+    """The run directories; first the one whose status was written last. Raises ConfigError when there is none."""
+    files = sorted(runs.glob(f"*/{STATUS_FILE}"), key=lambda file: file.stat().st_mtime, reverse=True)
+    if not files:
+        start = command("run", "CONFIG")
+        raise ConfigError(f"no run under {runs.resolve()}. Start one with `{start}`, or name its directory.")
+    return [file.parent for file in files]
+
+
 def newest_run(runs: Path) -> Path:
     """The run directory whose status was written last."""
-    files = sorted(runs.glob(f"*/{STATUS_FILE}"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise ConfigError(f"no run under {runs.resolve()}. Start one with `retort run CONFIG`, or name its directory.")
-    return files[-1].parent
+    return all_runs(runs)[0]
 
 
 def read_status(directory: Path) -> dict[str, Any]:
     try:
         status: dict[str, Any] = json.loads((directory / STATUS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{directory}: no run there: {STATUS_FILE}: {error.strerror}.") from None
+        what = "no such directory" if not directory.exists() else f"no run there: {STATUS_FILE}: {error.strerror}"
+        raise ConfigError(f"{directory}: {what}. `{command('status')}` lists the runs in runs/.") from None
+    if status["exit_code"] is None and "launcher" in status and is_gone(status["launcher"]):
+        status["phase"] = DIED
+        status["processes"] = [
+            {**process, "state": "gone" if is_gone(process) else process["state"]} for process in status["processes"]
+        ]
     return status
 
 
 def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rollout replicas as Redis knows them; none when the run has ended or its Redis cannot be reached."""
-    if status["exit_code"] is not None:
+    if status["exit_code"] is not None or status["phase"] == DIED:
         return []
     from redis.exceptions import RedisError
 
@@ -117,10 +137,10 @@ def replicas_shown(members: "Mapping[str, Member]") -> list[dict[str, Any]]:
 def status_lines(directory: Path, status: Mapping[str, Any], replicas: list[dict[str, Any]], now: float) -> list[str]:
     """The status as text. `now` is the time in seconds since 1970."""
     age = now - status["updated"]
-    ended = status["exit_code"] is not None
+    ended = status["exit_code"] is not None or status["phase"] == DIED
     lines = [
         f"run       {status['run']} in {directory}",
-        f"phase     {status['phase']}" + (f" (exit code {status['exit_code']})" if ended else ""),
+        f"phase     {_phase(status, age)}",
         f"step      {status['step']} of {status['steps']}, policy version {status['policy_version']}",
     ]
     if status["waiting_for"] and not ended:
@@ -136,3 +156,38 @@ def status_lines(directory: Path, status: Mapping[str, Any], replicas: list[dict
     if not ended and age > 10:
         lines.append(f"warning   written {age:.0f} s ago: the launcher is gone or hangs")
     return lines
+
+
+def result_lines(directory: Path, status: Mapping[str, Any]) -> list[str]:
+    """Of a run that ended: what it reached, how long it took, and where to go from here."""
+    if status["exit_code"] is None and status["phase"] != DIED:
+        return []
+    lines = []
+    samples = load_config(directory / "config.toml", env={}).validation.samples
+    metrics = MetricsTail(directory / "metrics.jsonl")
+    metrics.read()
+    if accuracy := metrics.accuracy(samples):
+        (first, before), (last, after) = accuracy[0], accuracy[-1]
+        lines.append(
+            f"result    avg@{samples} {before:.3f} at version {first} -> {after:.3f} at version {last} "
+            f"({after - before:+.3f})"
+        )
+    if "elapsed_s" in status:
+        lines.append(f"took      {clock(status['elapsed_s'])} since it was last started")
+    if (report := directory / "report.html").is_file():
+        lines.append(f"report    {report}")
+    if status["exit_code"] != 0:
+        lines.append(f"resume    {command('run', directory / 'config.toml', '--resume')}")
+    return lines
+
+
+def _phase(status: Mapping[str, Any], age_s: float) -> str:
+    if status["phase"] == DIED:
+        return f"{DIED}: its launcher is gone; last seen {clock(age_s)} ago"
+    ended = status["exit_code"] is not None
+    return f"{status['phase']}" + (f" (exit code {status['exit_code']})" if ended else "")
+
+
+def _in_short(directory: Path) -> str:
+    status = read_status(directory)
+    return f"other run {directory}: {status['phase']}, step {status['step']} of {status['steps']}"

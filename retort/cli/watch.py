@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from redis import Redis
@@ -75,6 +76,16 @@ class RunWatch:
             seconds_left=self.metrics.seconds_left(steps),
             services=[(name, child.state, child.restarts) for name, child in children.items()],
         )
+
+
+def what_a_stop_does(phase: str, trained: Collection[int]) -> str:
+    """What the trainer does when it is asked to stop in a phase; `trained`: steps with metrics, 0 for the start."""
+    if not trained:
+        return "stopping before the first step, with nothing to save"
+    if phase in ("starting", "waiting for a rollout replica", "saving"):
+        return "saving what is trained, then stopping"
+    late = ", or leaving it out if its rollouts are late," if phase == "waiting for rollouts" else ""
+    return f"finishing step {max(trained) + 1}{late or ','} then saving"
 
 
 def milestones(seen: Sighting, reachable: dict[str, str]) -> dict[str, str]:

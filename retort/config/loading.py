@@ -13,6 +13,8 @@ from retort.config.errors import ConfigError
 from retort.config.tables import RunConfig
 
 ENV_PREFIX = "RETORT_"
+_MISSPELT = 0.75
+"""How alike a variable and a key are when one is meant to be the other. Less alike ones belong to somebody else."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> RunConfig:
@@ -46,13 +48,14 @@ def dump_config(config: RunConfig) -> str:
 
 def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     top_level = {*RunConfig.model_fields}
+    plain = sorted(top_level - {key.partition(".")[0] for key, _ in _keys(RunConfig) if "." in key})
     for name, text in sorted(env.items()):
         if not name.startswith(ENV_PREFIX):
             continue
         section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
         if key:
             yield f"{section}.{key}", text, f"environment {name}"
-        elif section in top_level:
+        elif section in top_level or difflib.get_close_matches(section, plain, n=1, cutoff=_MISSPELT):
             yield section, text, f"environment {name}"
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -95,7 +98,9 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
         elif key:
             lines.append(f"{where}: {key} = {problem['input']!r}: {problem['msg']}.")
         else:
-            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}.")
+            what = problem["msg"].removeprefix("Value error, ")
+            set_by = [origin for name, origin in origins.items() if f"{name} = " in what]
+            lines.append(f"{', '.join(set_by) or file}: {what}.")
     return "\n".join(lines)
 
 

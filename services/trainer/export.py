@@ -133,6 +133,8 @@ def write_model(
     GenerationConfig.from_model_config(model_config).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     save_file(tensors, unfinished / WEIGHTS, metadata=_header(export))
+    # safetensors writes for its owner alone; who may read the other files may read the weights.
+    shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)
     files = sorted((path for path in unfinished.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS)
     for file in files:
         with file.open("rb") as stream:

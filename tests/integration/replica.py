@@ -95,6 +95,7 @@ class Replica:
         return answer.status_code == 200 and answer.text == f"serving policy version {version}\n"
 
     def __enter__(self) -> Self:
+        self._socket.listen()  # before it announces itself: the trainer may call at once
         self._thread.start()
         self.announce()
         return self

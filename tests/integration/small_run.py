@@ -106,7 +106,13 @@ def trainer(config, behaviour: str) -> int:
             queue.set_progress(waiting_for="groups from rollout-0", updated=time.time())
             signal.pause()
         time.sleep(STEP_S)
-        line = {"step": step, "time": time.time(), "critic/score/mean": 0.5, "policy_version": step}
+        line = {
+            "step": step,
+            "time": time.time(),
+            "critic/score/mean": 0.5,
+            "policy_version": step,
+            "timing_s/step": STEP_S,
+        }
         if step in (0, config.trainer.steps):
             line["val-core/periodic_table/acc/mean@16"] = 0.25 + step / 100
         with metrics.open("a") as file:

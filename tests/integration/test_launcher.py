@@ -1,10 +1,14 @@
 """The launcher with real processes: what dies is restarted, and in the end nothing is left."""
 
+import fcntl
 import json
 import os
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from retort.cli.status import read_status
 from retort.config import RunConfig, dump_config
 from retort.telemetry import LAUNCHER_PID
 
@@ -59,24 +64,28 @@ class Launched:
         return found
 
 
+def write_run_file(tmp_path: Path, steps: int, **timeouts: float) -> Path:
+    config = RunConfig.model_validate(
+        {
+            "name": "small",
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": "none"},
+            "data": {"train": "none", "validation": "none"},
+            "trainer": {"steps": steps},
+            "timeouts": timeouts,
+        }
+    )
+    run_file = tmp_path / "small.toml"
+    run_file.write_text(dump_config(config))
+    return run_file
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
     def start(behaviour: str = "works", *, steps: int = 20, **timeouts: float) -> Launched:
-        run_dir = tmp_path / "run"
-        config = RunConfig.model_validate(
-            {
-                "name": "small",
-                "run_dir": str(run_dir),
-                "model": {"path": "none"},
-                "data": {"train": "none", "validation": "none"},
-                "trainer": {"steps": steps},
-                "timeouts": timeouts,
-            }
-        )
-        run_file = tmp_path / "small.toml"
-        run_file.write_text(dump_config(config))
+        run_file = write_run_file(tmp_path, steps, **timeouts)
         env = {key: value for key, value in os.environ.items() if key != "REDIS_URL"}
         process = subprocess.Popen(
             [sys.executable, str(SMALL_RUN), str(run_file), behaviour],
@@ -85,7 +94,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
             text=True,
             env=env,
         )
-        launched.append(Launched(run_dir, process))
+        launched.append(Launched(tmp_path / "run", process))
         return launched[-1]
 
     yield start
@@ -188,6 +197,86 @@ def test_a_second_interrupt_stops_at_once(start) -> None:
     assert run.descendants() == []
 
 
+def test_a_resumed_run_says_how_many_steps_it_made_itself(start, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step-000003").mkdir(parents=True)
+    code, output = start(steps=5).finish()
+    assert code == 0, output
+    assert "done: 2 steps (to 5) in 0:0" in output
+
+
+class Typed:
+    """A launcher in a terminal of its own, and everything that was drawn there."""
+
+    def __init__(self, run_file: Path, behaviour: str) -> None:
+        self._keys, self.terminal = os.openpty()
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
+        self.before = termios.tcgetattr(self.terminal)
+        self.process = subprocess.Popen(
+            [sys.executable, str(SMALL_RUN), str(run_file), behaviour],
+            stdin=self.terminal,
+            stdout=self.terminal,
+            stderr=self.terminal,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no other thread holds a lock
+            env={**os.environ, "TERM": "xterm"},
+        )
+        self.drawn = ""
+
+    def wait_for(self, text: str, timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.drawn:
+            assert time.monotonic() < deadline, f"no {text!r} within {timeout_s} s: {self.drawn}"
+            if select.select([self._keys], [], [], 0.1)[0]:
+                self.drawn += os.read(self._keys, 65536).decode(errors="replace")
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._keys, keys)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._keys)
+        os.close(self.terminal)
+
+
+@pytest.fixture
+def typed(tmp_path: Path) -> Iterator[Callable[[str], Typed]]:
+    opened: list[Typed] = []
+
+    def open_terminal(behaviour: str) -> Typed:
+        opened.append(Typed(write_run_file(tmp_path, steps=400), behaviour))
+        return opened[-1]
+
+    yield open_terminal
+    for terminal in opened:
+        terminal.close()
+
+
+def test_ctrl_c_in_a_terminal_is_not_drawn_into_the_panel(typed) -> None:
+    run = typed("works")
+    run.wait_for("of 400, train")
+    assert not termios.tcgetattr(run.terminal)[3] & termios.ECHOCTL
+    run.type(b"\x03")
+    run.wait_for("To resume from")
+    assert run.process.wait(timeout=20) == 130
+    assert "^C" not in run.drawn
+    assert termios.tcgetattr(run.terminal) == run.before
+
+
+def test_a_second_ctrl_c_is_answered_before_anything_is_stopped(typed) -> None:
+    run = typed("deaf")
+    run.wait_for("of 400, train")
+    run.type(b"\x03")
+    run.wait_for("press Ctrl-C again to stop at once")
+    run.type(b"\x03")
+    run.wait_for("stopping at once", timeout_s=5)
+    run.wait_for("To resume from")
+    assert run.drawn.index("stopping at once") < run.drawn.index("stopped at once after")
+    assert run.process.wait(timeout=20) == 130
+    assert termios.tcgetattr(run.terminal) == run.before
+
+
 def test_a_killed_launcher_leaves_no_process(start) -> None:
     run = start(steps=400)
     run.wait_for_step(3)
@@ -199,6 +288,8 @@ def test_a_killed_launcher_leaves_no_process(start) -> None:
     run.process.communicate()
     _, alive = psutil.wait_procs(below, timeout=5)
     assert alive == []
+    status = read_status(run.run_dir)
+    assert (status["phase"], {process["state"] for process in status["processes"]}) == ("died", {"gone"})
 
 
 def test_a_service_that_died_leaves_nothing_below_it(start) -> None:

@@ -91,16 +91,18 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
         ("name.first=x", "--set name.first=x: name is not a table"),
         (
             "trainer.groups_per_update=3",
-            "small.toml: trainer.groups_per_step = 256 is not a multiple of trainer.groups_per_update = 3.",
+            "--set trainer.groups_per_update=3: trainer.groups_per_step = 256 is not a multiple of "
+            "trainer.groups_per_update = 3.",
         ),
         (
             "trainer.deterministic=true",
-            "small.toml: trainer.deterministic = true needs another trainer.update_order than 'arrival', "
-            "which depends on time.",
+            "--set trainer.deterministic=true: trainer.deterministic = true needs another trainer.update_order "
+            "than 'arrival', which depends on time.",
         ),
         (
             "model.max_length=8192",
-            "small.toml: sampling.max_completion_tokens = 8192 leaves no room for a prompt in model.max_length = 8192.",
+            "--set model.max_length=8192: sampling.max_completion_tokens = 8192 leaves no room for a prompt "
+            "in model.max_length = 8192.",
         ),
     ],
 )
@@ -118,6 +120,18 @@ def test_an_unknown_key_is_named_with_its_file(run_file: Path) -> None:
 def test_an_unknown_key_in_the_environment_is_named_with_its_variable(run_file: Path) -> None:
     said = refusal(run_file, env={"RETORT_TRAINER__STEP": "3"})
     assert said == "environment RETORT_TRAINER__STEP: unknown key trainer.step. Did you mean trainer.steps?"
+
+
+def test_a_misspelt_variable_of_a_top_level_key_is_refused_with_the_right_name(run_file: Path) -> None:
+    assert refusal(run_file, env={"RETORT_SED": "4"}) == "environment RETORT_SED: unknown key sed. Did you mean seed?"
+    assert refusal(run_file, env={"RETORT_RUNDIR": "x"}).endswith("unknown key rundir. Did you mean run_dir?")
+
+
+def test_keys_that_do_not_fit_together_are_blamed_on_the_file_only_if_it_holds_them(run_file: Path) -> None:
+    both = ["trainer.groups_per_step=10", "trainer.groups_per_update=4"]
+    assert refusal(run_file, *both).startswith(f"--set {both[0]}, --set {both[1]}: trainer.groups_per_step = 10 is not")
+    run_file.write_text(SMALLEST + "groups_per_update = 3\n")
+    assert refusal(run_file).startswith("small.toml: trainer.groups_per_step = 256 is not")
 
 
 def test_all_mistakes_are_told_at_once(run_file: Path) -> None:
@@ -159,7 +173,8 @@ def test_the_command_line_beats_the_environment_and_that_the_file_and_that_the_d
 
 
 def test_variables_of_others_in_our_name_space_are_left_alone(run_file: Path) -> None:
-    load_config(run_file, env={"RETORT_LAUNCHER_PID": "1", "RETORT_ENGINE_PARENT": "2", "PATH": "/bin"})
+    ours = "LAUNCHER_PID ENGINE_PARENT VECTORS CHAOS_SEED REWARD_SERVICE REWARD_SERVICE_HOST REDIS_PORT RUN SCIKNOWEVAL"
+    load_config(run_file, env={f"RETORT_{name}": "1" for name in ours.split()} | {"PATH": "/bin"})
 
 
 @pytest.mark.parametrize(

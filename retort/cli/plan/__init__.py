@@ -10,6 +10,8 @@ from pathlib import Path
 
 from retort.cli.plan.figures import Assumptions, Figure, figures
 from retort.cli.plan.model_shape import read_shape
+from retort.cli.plan.summary import ROLLOUT, TIME, summary
+from retort.cli.process_table import visible_gpus
 from retort.config import ConfigError, RunConfig, load_config
 
 ASSUMED: list[tuple[str, type, float, str]] = [
@@ -42,7 +44,10 @@ def main(args: argparse.Namespace) -> int:
     else:
         lengths = f"a prompt of {given.prompt_tokens} and a completion of {given.completion_tokens} tokens"
         print(f"{config.name}: {config.model.path}, {config.trainer.steps} steps, assuming {lengths} in the mean")
-        print("\n".join(_lines(plan)))
+        # Memory and speed of a GPU say nothing about a run that finds none.
+        on_cpu = config.model.dtype == "float32" and not visible_gpus()
+        shown = [_without_gpu(figure) for figure in plan if figure.section not in (ROLLOUT, TIME)] if on_cpu else plan
+        print("\n".join([*_lines(shown), "", *summary(config, plan, given, on_cpu=on_cpu)]))
     return 0
 
 
@@ -54,6 +59,10 @@ def _assumptions(args: argparse.Namespace, config: RunConfig) -> Assumptions:
     given["prompt_tokens"] = min(given["prompt_tokens"], config.data.max_prompt_tokens)
     given["completion_tokens"] = min(given["completion_tokens"], config.sampling.max_completion_tokens)
     return Assumptions(**given)
+
+
+def _without_gpu(figure: Figure) -> Figure:
+    return dataclasses.replace(figure, formula=figure.formula.partition("; a GPU has")[0])
 
 
 def _lines(plan: Sequence[Figure]) -> list[str]:

@@ -140,6 +140,7 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
     gpus = _sampling_gpus(config) + trainer.ranks
     words = f"of all splits of {gpus} GPUs the one with the shortest step, {seconds:.0f} s"
     yield Figure(section, "rollout replicas in the best split", replicas, "", words)
+    yield Figure(section, "a step in the best split", seconds, "s", "with so many replicas")
 
 
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:

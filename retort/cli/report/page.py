@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import re
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -14,6 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from string import Template
 
+from retort.cli.invocation import command
 from retort.cli.report.charts import number
 from retort.cli.report.completions import Detail, completions, style_of
 from retort.cli.report.curves import curves
@@ -157,12 +157,12 @@ def _fact_rows(run: Run) -> Iterator[tuple[str, str]]:
 
 def _run_section(run: Run) -> str:
     directory = os.path.relpath(run.directory)
-    config = shlex.quote(f"{directory}/config.toml")
-    commands = [("The same run again", f"retort run {config} --run-dir {shlex.quote(directory + '-again')}")]
+    config = f"{directory}/config.toml"
+    commands = [("The same run again", command("run", config, "--run-dir", f"{directory}-again"))]
     if not _finished(run):
-        resume = f"retort run {config} --run-dir {shlex.quote(directory)} --resume"
+        resume = command("run", config, "--run-dir", directory, "--resume")
         commands.append(("Continue where it stopped", resume))
-    commands.append(("Talk to the model", f"retort chat {shlex.quote(directory)}"))
+    commands.append(("Talk to the model", command("chat", directory)))
     rows = "".join(f"<dt>{title}</dt><dd><code>{escape(command)}</code></dd>" for title, command in commands)
     return (
         "<section><h2>Repeat it</h2><p class=lead>The configuration below is complete, defaults included.</p>"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from retort.cli.invocation import command
 from retort.config import ConfigError, RunConfig, load_config
 
 QUESTIONS_SHOWN = 6
@@ -132,7 +133,7 @@ VALIDATION_KEY = re.compile(r"val-core/(.+)/acc/mean@(\d+)")
 def read_run(directory: Path) -> Run:
     """Raises ConfigError when there is no such directory."""
     if not directory.is_dir():
-        raise ConfigError(f"{directory}: no such run directory. Runs are in runs/; `retort status` lists them.")
+        raise ConfigError(f"{directory}: no such run directory. Runs are in runs/; `{command('status')}` lists them.")
     config_file = directory / "config.toml"
     rollout_files = _numbered(directory / "rollouts")
     validation_files = _numbered(directory / "validation")

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from retort.cli.metrics_tail import MetricsTail, accuracy
-from retort.cli.panel import Screen, View, clock, step_line, validation_line
+from retort.cli.panel import Screen, View, clock, panel, step_line, validation_line
 
 STEP = {
     "step": 12,
@@ -54,6 +55,37 @@ def test_a_terminal_shows_the_panel_and_a_pipe_only_lines() -> None:
     assert "trainer waits for groups from rollout-0 (2 s)" in terminal.getvalue()
     assert "rollout-0 running (restarts: 1)" in terminal.getvalue()
     assert pipe.getvalue() == "trainer ready\n"
+
+
+def drawn(view: View, width: int = 100) -> list[str]:
+    console = Console(file=io.StringIO(), width=120)
+    with console.capture() as capture:
+        console.print(panel(view, width))
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_the_panel_has_one_size_whatever_there_is_to_show(width: int) -> None:
+    long = "groups " * 40
+    services = [(f"rollout-{i}", "running", 0) for i in range(16)] + [("reward", "starting", 2)]
+    full = dataclasses.replace(VIEW, waiting_for=long, services=services)
+    sizes = {
+        (len(lines), *{len(line) for line in lines})
+        for view in (View(run="tiny", steps=40), VIEW, full)
+        if (lines := drawn(view, width))
+    }
+    assert len(sizes) == 1 and next(iter(sizes))[1:] == (width,)
+    assert any("services" in line and "reward starting (restarts: 2)" in line for line in drawn(full, width))
+
+
+def test_a_run_that_is_stopping_says_nothing_about_the_time_to_its_last_step() -> None:
+    assert "left 1:31" in step_line(STEP, VIEW)
+    assert "left" not in step_line(STEP, dataclasses.replace(VIEW, phase="stopping"))
+
+
+def test_the_time_of_a_step_is_told_apart_from_that_of_a_validation_beside_it() -> None:
+    line = step_line({**STEP, "timing_s/step": 12.0, "timing_s/validation": 8.75}, VIEW)
+    assert "step time 3.2 s and 8.8 s of validation  " in line
 
 
 def write(file: Path, *lines: dict) -> None:

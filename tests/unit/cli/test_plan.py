@@ -43,3 +43,31 @@ def test_a_mean_length_is_never_above_the_longest_allowed(
 def test_an_assumption_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", REFERENCE, "--tflops", "0"]) == 2
     assert "--tflops 0: expected a number above 0." in capsys.readouterr().err
+
+
+def last_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+
+
+def test_the_plan_ends_with_what_is_needed_and_a_quicker_split(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = last_lines(capsys, REFERENCE, "--set", "trainer.ranks=1", "--set", "rollout.replicas=7")
+    assert lines[0] == "GPUs: 8 (1 train, 7 sample); it fits"
+    assert lines[1].startswith("time: ") and " hours for 100 steps" in lines[1]
+    assert lines[2].startswith("quicker: rollout.replicas=") and "less time" in lines[2]
+    assert any(line.startswith("missing: data.train = ") for line in lines)
+
+
+def test_a_memory_that_is_too_small_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "it does NOT fit: a trainer rank needs " in last_lines(capsys, REFERENCE, "--gpu-gib", "20")[0]
+
+
+def test_a_run_without_a_gpu_hears_nothing_about_gpus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["plan", "configs/tiny-cpu.toml"]) == 0
+    out = capsys.readouterr().out
+    assert "no GPU: the CPU and " in out and "missing" not in out
+    assert "GPUs" not in out and "140 GiB" not in out and "a step  " not in out

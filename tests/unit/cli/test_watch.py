@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from retort.cli.processes import Child, Program
-from retort.cli.watch import Sighting, StallClock, milestones, who_waits
+from retort.cli.watch import Sighting, StallClock, milestones, what_a_stop_does, who_waits
 from retort.config import RunConfig
 from retort.queues import Member
 
@@ -20,6 +20,18 @@ def member(name: str, **changes: object) -> Member:
     usual = {"pid": 1, "host": "h", "control_url": "", "http_url": "", "policy_version": 0, "state": "serving"}
     rest = {"incarnation": "a", "groups_in_hand": 0, "tokens_generated": 0, "waiting_for": "", "updated": 0.0}
     return Member(name=name, **{**usual, **rest, **changes})
+
+
+def test_what_a_stop_does_depends_on_what_has_begun() -> None:
+    assert what_a_stop_does("waiting for a rollout replica", {}) == (
+        "stopping before the first step, with nothing to save"
+    )
+    assert what_a_stop_does("validating", {}) == "stopping before the first step, with nothing to save"
+    assert what_a_stop_does("training", {0: {}, 1: {}}) == "finishing step 2, then saving"
+    assert what_a_stop_does("saving", {0: {}, 1: {}}) == "saving what is trained, then stopping"
+    assert what_a_stop_does("waiting for rollouts", {0: {}}) == (
+        "finishing step 1, or leaving it out if its rollouts are late, then saving"
+    )
 
 
 def test_a_loading_replica_has_reached_nothing() -> None:

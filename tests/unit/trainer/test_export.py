@@ -96,6 +96,12 @@ def test_the_tokenizer_and_its_chat_template_come_along(start: StartRun, tokeniz
     assert len(theirs) == len(tokenizer)
 
 
+def test_who_may_read_the_configuration_may_read_the_weights(start: StartRun) -> None:
+    run = start()
+    run.end()
+    assert len({file.stat().st_mode for file in run.hf.iterdir() if file.is_file()}) == 1
+
+
 def test_the_steps_to_keep_stand_beside_the_best_and_each_says_what_it_is(start: StartRun) -> None:
     run = start()
     for score in (None, 0.5, None, 0.75):

@@ -1,0 +1,31 @@
+"""Whether a process that was written down is still there. A process id alone may have gone to another one since."""
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+_CLOCK_STEP_S = 2.0
+"""The start of a process is counted from the boot, whose time moves a little when the clock is set."""
+
+
+def identity(pid: int | None) -> dict[str, Any]:
+    """What identifies a process: host, process id, and start in seconds since 1970, None if it is gone."""
+    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
+
+
+def is_gone(identity: Mapping[str, Any]) -> bool:
+    """Whether that very process has ended. False where nobody can tell: it runs on another host."""
+    if identity["host"] != socket.gethostname():
+        return False
+    started = _started(identity["pid"])
+    return started is None or identity["started"] is None or abs(started - identity["started"]) > _CLOCK_STEP_S
+
+
+def _started(pid: int | None) -> float | None:
+    try:
+        process = psutil.Process(pid) if pid else None
+        return process.create_time() if process and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
