@@ -65,21 +65,16 @@ CURVES = (
     ),
     Curve(
         "Token weights: level",
-        [
-            ("self_distillation/token_reweight_w_mean", "mean w"),
-            ("self_distillation/token_reweight_w_clipped_mean", "mean w, clipped"),
-        ],
-        "What the teacher says about single tokens, before it is mixed with 1. A level near 1 shifts credit without "
-        "changing its sum. Bad: a clipped mean far from 1.",
+        [("self_distillation/token_reweight_w_clipped_mean", "mean w, clipped")],
+        "What the teacher says about single tokens, in its band and before it is mixed with 1. A level near 1 shifts "
+        "credit without changing its sum. Bad: a mean far from 1. Before clipping single tokens decide the mean, so "
+        "that one is in metrics.jsonl only.",
         zero=False,
     ),
     Curve(
-        "Token weights: spread",
-        [
-            ("self_distillation/token_reweight_w_std", "standard deviation of w"),
-            ("self_distillation/token_reweight_w_clip_frac", "share clipped"),
-        ],
-        "How much the teacher distinguishes tokens. It shrinks as the policy becomes certain. "
+        "Token weights: clipped",
+        [("self_distillation/token_reweight_w_clip_frac", "share clipped")],
+        "How often the teacher is surer of a token than the band allows. It shrinks as the policy becomes certain. "
         "Bad: most tokens clipped, because then their order of importance is lost.",
     ),
     Curve(

@@ -51,7 +51,8 @@ def last_lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]
 
 
 def test_the_plan_ends_with_what_is_needed_and_a_quicker_split(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = last_lines(capsys, REFERENCE, "--set", "trainer.ranks=1", "--set", "rollout.replicas=7")
+    settings = ("trainer.ranks=1", "rollout.replicas=7", "data.train=no-such.jsonl")
+    lines = last_lines(capsys, REFERENCE, *(word for setting in settings for word in ("--set", setting)))
     assert lines[0] == "GPUs: 8 (1 train, 7 sample); it fits"
     assert lines[1].startswith("time: ") and " hours for 100 steps" in lines[1]
     assert lines[2].startswith("quicker: rollout.replicas=") and "less time" in lines[2]
