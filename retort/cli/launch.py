@@ -135,6 +135,8 @@ class LocalRun:
 
     def conclude(self, outcome: Outcome, resume_command: str) -> None:
         """Say how it went and what to do next."""
+        from retort.cli.report import build_report
+
         for line in outcome.reasons:
             self._screen.say(line)
         accuracy = self._watch.metrics.accuracy(self._config.validation.samples)
@@ -145,9 +147,11 @@ class LocalRun:
                 f"{measure} {before:.3f} before training, {after:.3f} at version {version} ({after - before:+.3f})"
             )
         if outcome.exit_code == 0:
-            self._next_steps()
+            self._next_steps(build_report(self._config.directory))
         else:
             self._screen.say(f"{outcome.phase} after {self._elapsed()}. Logs: {self._config.directory / 'logs'}")
+            if accuracy:
+                self._screen.say(f"The report so far: {build_report(self._config.directory)}")
             self._screen.say(self._what_to_do(outcome, resume_command))
 
     def _what_to_do(self, outcome: Outcome, resume_command: str) -> str:
@@ -157,14 +161,12 @@ class LocalRun:
             return f"Nothing was trained. Correct it, remove {self._config.directory} and run again."
         return f"To resume from {newest or 'the beginning (no checkpoint yet)'}: {resume_command}"
 
-    def _next_steps(self) -> None:
-        from retort.cli.report import build_report
-
+    def _next_steps(self, report: Path) -> None:
         directory = self._config.directory
         steps = self._config.trainer.steps
         made = f"{steps - self._resumed_from} steps (to {steps})" if self._resumed_from else f"{steps} steps"
         self._screen.say(f"done: {made} in {self._elapsed()}")
-        self._screen.say(f"  open the report      {build_report(directory)}")
+        self._screen.say(f"  open the report      {report}")
         self._screen.say(f"  talk to the model    {command('chat', directory)}")
         plan = command("plan", "configs/qwen3-4b-sciknoweval.toml")
         self._screen.say(f"  use 8 GPUs           {plan} (docs/reference-run.md)")

@@ -181,6 +181,7 @@ def test_one_interrupt_finishes_the_step_and_says_how_to_resume(start) -> None:
     assert code == 130
     assert "then saving; press Ctrl-C again to stop at once" in output
     assert "small.toml --resume" in output
+    assert "The report so far: " in output and (run.run_dir / "report.html").exists()
     assert (run.status()["phase"], run.status()["exit_code"]) == ("stopped", 130)
     assert run.descendants() == []
 
