@@ -38,7 +38,7 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 	$(BIN)/pytest -m fuzz tests/integration/test_reward_fuzz.py
 
 chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N repeats a plan
-	$(BIN)/pytest -m "chaos or not chaos" tests/chaos
+	$(BIN)/pytest -m "chaos or not chaos" tests/chaos tests/e2e
 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose

@@ -172,6 +172,7 @@ def test_an_interrupted_run_and_one_whose_launcher_was_killed_are_resumed(run: L
     assert run.leftovers() == NOTHING_LEFT
 
 
+@pytest.mark.chaos
 def test_services_that_are_killed_come_back_and_the_run_goes_on(run: LaunchedRun) -> None:
     steps = 14
     run.start(trainer__steps=steps, checkpoint__every=2)

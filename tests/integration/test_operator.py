@@ -21,7 +21,7 @@ def test_an_operator_evicts_in_the_name_of_the_present_trainer(run: Run) -> None
     assert trainer.members() == {}
     with pytest.raises(Evicted):
         run.wait(replica.announce(a_member(incarnation="first")))
-    trainer.assert_newest()
+    trainer.open()
 
 
 def test_without_a_trainer_an_operator_can_evict_too(run: Run) -> None:
@@ -29,4 +29,4 @@ def test_without_a_trainer_an_operator_can_evict_too(run: Run) -> None:
     run.wait(replica.announce(a_member(incarnation="first")))
     evict(run.redis, run.run_id, a_member(incarnation="first"))
     assert run.view.members() == {}
-    run.trainer(epoch=1).assert_newest()
+    run.trainer(epoch=1).open()

@@ -8,7 +8,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_make_setup_begins_by_saying_how_long_it_takes_and_what_it_needs() -> None:
     said = subprocess.run(
-        ["make", "--dry-run", "--always-make", "setup"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "--always-make", "setup"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     assert said[0].startswith('echo "setting up .venv: downloads')
     assert "3.8 GB on disk, about 3.5 minutes" in said[0]
