@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from typing import Literal
@@ -20,6 +21,7 @@ from retort.config import RunConfig
 from retort.rollouts import SamplingParameters
 from retort.weight_sync import TransferRequest, WeightManifest
 from services.rollout.engine import Sampled
+from services.rollout.engine_sockets import make_socket_directory
 from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 
 HEALTH_CHECK_S = 1.0
@@ -44,6 +46,8 @@ class VLLMEngine:
         os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())
         # With it vLLM's processes would unpickle what reaches their sockets.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
+        self._sockets = make_socket_directory()
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
         self.llm = OrderlyLLM.from_engine_args(
@@ -163,3 +167,4 @@ class VLLMEngine:
 
     def shutdown(self) -> None:
         self.llm.shutdown()
+        shutil.rmtree(self._sockets, ignore_errors=True)
