@@ -4,7 +4,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]  # it has no types
 
 _CLOCK_STEP_S = 2.0
 """The start of a process is counted from the boot, whose time moves a little when the clock is set."""

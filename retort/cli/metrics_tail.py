@@ -36,7 +36,8 @@ class MetricsTail:
             step = int(line["step"])
             before = self.by_step.get(step, line) if is_validation(line) else {}
             self.by_step[step] = {**line, **before}
-        return [line for line in lines if known.get(int(line["step"])) != line]
+        # Of a step whose validation stands apart, what is known is both lines together, with the time of the first.
+        return [line for line in lines if not _says(known.get(int(line["step"]), {}), line)]
 
     def accuracy(self, samples: int) -> list[tuple[int, float]]:
         """(policy version, avg@samples) of every validation so far, in order of version."""
@@ -51,6 +52,11 @@ class MetricsTail:
         times = [self.by_step[step]["time"] for step in recent]
         # The median, because a pause between two launches of a run lies between two steps.
         return median(after - before for before, after in pairwise(times)) * (steps - recent[-1])
+
+
+def _says(known: Metrics, line: Metrics) -> bool:
+    told = {name: value for name, value in line.items() if name != "time" or not is_validation(line)}
+    return told.items() <= known.items()
 
 
 def is_validation(line: Metrics) -> bool:

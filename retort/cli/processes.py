@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]  # it has no types
 
 from retort.telemetry import LAUNCHER_PID, die_with_parent
 
@@ -209,7 +209,7 @@ def _spawn(program: Program) -> subprocess.Popen[bytes]:
             env={**os.environ, LAUNCHER_PID: str(launcher), **program.environment},
             start_new_session=True,
             # Safe here: the launcher has no other thread that could hold a lock at the fork.
-            preexec_fn=lambda: die_with_parent(launcher),  # noqa: PLW1509
+            preexec_fn=lambda: die_with_parent(launcher),  # noqa: PLW1509  # one thread
         )
 
 

@@ -64,7 +64,7 @@ class LiveReport:
 class _Answer(BaseHTTPRequestHandler):
     def __init__(self, report: LiveReport, *connection: object) -> None:
         self._report = report
-        super().__init__(*connection)  # type: ignore[arg-type]
+        super().__init__(*connection)  # type: ignore[arg-type]  # as the server passes them
 
     def do_GET(self) -> None:
         # Another name for this address could be a web site's, which must not read a run (DNS rebinding).

@@ -18,7 +18,6 @@ from retort.queues.protocol import (
     Kind,
     Lease,
     Member,
-    Policy,
     checksum,
 )
 from retort.queues.replies import Reply
@@ -94,10 +93,6 @@ class RolloutQueue:
     async def leave(self) -> None:
         """Give back everything and strike this replica off the members."""
         await self._call("leave", self._replica, self._lease_ms)
-
-    async def policy(self) -> Policy | None:
-        """The committed policy; None before the first."""
-        return replies.policy(await self._redis.hgetall(self._keys("policy")))
 
     async def _wait_for_new(self, block_s: float) -> list[tuple[Kind, Entry]]:
         streams: dict[Any, Any] = {self._keys.work(kind): ">" for kind in KINDS}

@@ -5,7 +5,7 @@ from redis.exceptions import ResponseError
 
 from retort.queues import replies
 from retort.queues.connection import call
-from retort.queues.protocol import CONSUMER_GROUP, KINDS, DeadWork, InFlight, Keys, Kind, Member, Policy, checksum
+from retort.queues.protocol import CONSUMER_GROUP, DeadWork, InFlight, Keys, Kind, Member, Policy, checksum
 from retort.rollouts import Message
 
 
@@ -67,10 +67,6 @@ class RunView:
         if exists:
             leased = replies.pending_count(self._redis.xpending(self._keys.work(kind), CONSUMER_GROUP))
         return InFlight(waiting=max(queued - leased, 0), leased=leased, finished=finished)
-
-    def counts(self) -> dict[Kind, InFlight]:
-        """`in_flight` of both kinds."""
-        return {kind: self.in_flight(kind) for kind in KINDS}
 
     def oldest_lease(self, kind: Kind) -> PendingLease | None:
         """The lease on the oldest work, with who holds it; None when nothing is leased."""

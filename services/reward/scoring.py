@@ -46,7 +46,7 @@ def check_unseen(checker: Checker, completion: str, answer: str, options: Mappin
     try:
         return checker.check(completion, answer, options)
     # The one border to code that others wrote: whatever it raises must cost this item only, not its batch.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  # foreign code
         return Unscorable(reason=f"{checker.name} raised {_describe(error)}")
 
 

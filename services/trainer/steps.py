@@ -1,5 +1,6 @@
 """Where a training step's data comes from: admission, the wait for its groups, and the same batch on every rank."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
@@ -9,6 +10,7 @@ import msgspec
 from retort.config import RunConfig
 from retort.queues import TrainerQueue
 from retort.rollouts import RolloutGroup, WorkItem
+from retort.telemetry import log_event
 from services.trainer.admission import GroupReader, StalledError, WorkList
 from services.trainer.batch import StepBatch
 from services.trainer.journal import Journal
@@ -123,6 +125,8 @@ class Rank0Steps(Steps):
         try:
             return self._collect_validation() if self._pending else None
         except StopRequested:
+            # Nothing came, and the user wants to stop; the next version will be saved, so nobody asks for this again.
+            log_event("validation_given_up", logging.WARNING, reason="asked to stop while its groups did not come")
             return None
         finally:
             broadcast_bytes(DONE)

@@ -314,7 +314,7 @@ def test_a_policy_version_never_falls_within_an_epoch_and_may_in_the_next(run: R
     trainer.publish(5, "five")
     with pytest.raises(Exception, match="policy version 4 is older than the committed 5"):
         trainer.publish(4, "four")
-    assert run.wait(run.replica().policy()) == Policy(epoch=1, version=5, digest="five")
+    assert run.view.policy() == Policy(epoch=1, version=5, digest="five")
     run.trainer(epoch=2).publish(4, "four")
     assert run.view.policy() == Policy(epoch=2, version=4, digest="four")
 
@@ -366,7 +366,7 @@ def test_the_oldest_lease_names_its_holder_and_its_idle_time(run: Run) -> None:
     assert lease is not None
     assert (lease.replica, lease.deliveries) == ("rollout-0", 1)
     assert 0 <= lease.idle_s < 60
-    assert run.view.counts()["train"] == InFlight(waiting=0, leased=2, finished=0)
+    assert run.view.in_flight("train") == InFlight(waiting=0, leased=2, finished=0)
 
 
 def test_withdrawn_validation_is_forgotten_and_training_is_not(run: Run) -> None:

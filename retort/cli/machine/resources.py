@@ -35,7 +35,7 @@ def questions(config: RunConfig) -> Answer:
 
 def memory(config: RunConfig) -> Answer:
     """Of the host. On GPUs the weights pass through it once; without, everything lies in it."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil  # type: ignore[import-untyped]  # it has no types
 
     parameters = read_shape(config.model.path).parameters
     engines = config.rollout.replicas * ENGINE_GIB

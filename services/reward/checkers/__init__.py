@@ -126,7 +126,7 @@ class Checker(ABC):
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
         """The verdict. Several threads may call it at the same time if it is `quick`."""
 
-    def prepare(self) -> None:  # noqa: B027
+    def prepare(self) -> None:  # noqa: B027  # most have nothing to do
         """Import what `check` needs. Called once, in the process from which the workers are forked."""
 
 

@@ -99,7 +99,8 @@ def _power(token: str, sign: int) -> Unit | None:
     if match is None or unit is None or unit.offset:
         return None
     exponent = sign * int(match.group(2) or 1)
-    return Unit(unit.factor**exponent, tuple(exponent * one for one in unit.dimension))  # type: ignore[arg-type]
+    dimension = tuple(exponent * one for one in unit.dimension)
+    return Unit(unit.factor**exponent, dimension)  # type: ignore[arg-type]  # seven of them
 
 
 def _simple(symbol: str) -> Unit | None:

@@ -65,7 +65,7 @@ def _become_worker(nursery: int, checker: Checker, control: socket.socket, chann
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         control.close()
         work(checker, socket.socket(fileno=channel))
-    except BaseException:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001  # see below
         # Nothing may unwind into the nursery's loop. The service sees the socket close, and says so.
         sys.excepthook(*sys.exc_info())
     finally:

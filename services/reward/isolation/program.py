@@ -94,7 +94,7 @@ def _become_program(
             os.dup2(opened, place)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.closerange(REPORT + 1, 4096)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115  # for its life
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         limit_cpu(limits.seconds)
         confine(limits)
@@ -112,7 +112,7 @@ def _execute(sources: list[str], may_exit: bool) -> bytes:
     except SystemExit as exit_:
         if not may_exit or exit_.code not in (None, 0):
             return f"SystemExit: {exit_.code!r}".encode(errors="replace")[:500]
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001  # foreign code
         # Any end but the last line's is a failure, KeyboardInterrupt and what the program invents included.
         return _describe(error)
     with contextlib.suppress(OSError, ValueError):
@@ -124,6 +124,6 @@ def _describe(error: BaseException) -> bytes:
     name = type(error).__name__
     try:
         return f"{name}: {error}".encode(errors="replace")[:500]
-    except BaseException:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001  # foreign code
         # Its __str__ is foreign code as well.
         return name.encode(errors="replace")

@@ -131,6 +131,18 @@ def test_a_validation_on_a_line_of_its_own_joins_its_step(tmp_path: Path) -> Non
     assert tail.accuracy(16) == [(10, 0.5)]
 
 
+def test_after_a_cut_back_a_step_with_a_validation_of_its_own_is_not_new_again(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(file)
+    step = {"step": 10, "time": 5.0, "timing_s/step": 2.0}
+    validation = {"step": 10, "time": 8.0, "val-core/a/acc/mean@16": 0.5}
+    write(file, step, validation, {"step": 11, "time": 9.0, "timing_s/step": 2.0})
+    tail.read()
+    write(file, step, validation)
+    assert tail.read() == []
+    assert tail.accuracy(16) == [(10, 0.5)]
+
+
 def test_the_time_left_is_the_recent_pace_times_the_steps_that_remain(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tail = MetricsTail(file)
