@@ -186,6 +186,8 @@ class MethodConfig(Config):
     """Tokens by which aggregation `horizon` divides; normally the same as sampling.max_completion_tokens."""
     success_threshold: float = 0.5
     """A completion with at least this reward may serve as a demonstration."""
+    strip_thinking: bool = False
+    """Leave closed think blocks out of a demonstration. The reference run keeps all of it."""
     max_teacher_prompt_tokens: PositiveInt = 10240
     """A teacher prompt that would be longer counts as no demonstration."""
 

@@ -16,7 +16,7 @@ from retort.rollouts import Rollout, RolloutGroup
 from services.trainer.advantage import demonstration_choice, overlong_penalty
 from services.trainer.methods import method_of
 from services.trainer.prompts import decode, encode_prompt
-from services.trainer.teacher_prompt import teacher_messages
+from services.trainer.teacher_prompt import strip_thinking, teacher_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,7 +166,7 @@ def assemble(
         for rollout in rollouts
     ]
     shown = _shown_rows(method.parts.context, rollouts, members, config.success_threshold)
-    encode = _teacher_prompts(rollouts, questions, tokenizer, config.max_teacher_prompt_tokens)
+    encode = _teacher_prompts(rollouts, questions, tokenizer, config)
     return StepBatch(
         step=step,
         groups=list(groups),
@@ -206,14 +206,15 @@ def _teacher_prompts(
     rollouts: Sequence[Rollout],
     questions: Sequence[Question],
     tokenizer: "PreTrainedTokenizerBase",
-    max_tokens: int,
+    config: MethodConfig,
 ) -> Callable[[int, int], list[int] | None]:
     """From the row that is shown and the group that is asked to the teacher's prompt; None where it is too long."""
 
     @cache
     def encode(row: int, member: int) -> list[int] | None:
-        solution = decode(tokenizer, rollouts[row].completion_ids)
+        completion = decode(tokenizer, rollouts[row].completion_ids)
+        solution = strip_thinking(completion) if config.strip_thinking else completion
         prompt = encode_prompt(tokenizer, teacher_messages(questions[member].messages, solution))
-        return prompt if len(prompt) <= max_tokens else None
+        return prompt if len(prompt) <= config.max_teacher_prompt_tokens else None
 
     return encode

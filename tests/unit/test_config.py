@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 81
+MOST_FIELDS = 82
 
 
 @pytest.fixture

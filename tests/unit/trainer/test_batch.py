@@ -10,7 +10,9 @@ from services.trainer.prompts import encode_prompt
 from tests.training import a_batch, a_group, a_question, a_rollout
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[3] / "models" / "tiny")
-SOLUTIONS = [TOKENIZER.encode(text, add_special_tokens=False) for text in ("one", "two", "three")]
+SOLUTIONS = [
+    TOKENIZER.encode(text, add_special_tokens=False) for text in ("one", "two", "three", "1 + 1</think>\n\ntwo")
+]
 
 
 def rows_of_lengths(*lengths: int) -> StepBatch:
@@ -48,6 +50,13 @@ def test_the_teacher_is_shown_the_first_right_sibling_and_never_the_row_itself()
     assert batch.teacher_prompts[3] == what_the_teacher_reads(1, "two")
     assert batch.teacher_prompts[4] is None
     assert batch.has_demonstration.tolist() == [True, True, True, True, False, True]
+
+
+def test_the_thinking_before_a_solution_is_shown_or_left_out_as_the_method_says() -> None:
+    rewards = [0.0, 0.0, 0.0, 1.0]
+    assert assembled(rewards).teacher_prompts[0] == what_the_teacher_reads(0, "1 + 1</think>\n\ntwo")
+    stripped = assembled(rewards, method=MethodConfig(strip_thinking=True))
+    assert stripped.teacher_prompts[0] == what_the_teacher_reads(0, "two")
 
 
 def test_plain_grpo_shows_nothing() -> None:
