@@ -82,7 +82,7 @@ end
 local function let_go(stream, consumer, pending, lease_ms)
   if pending[3] < tonumber(lease_ms) then
     redis.call('XCLAIM', stream, CONSUMER_GROUP, consumer, 0, pending[1],
-      'IDLE', lease_ms, 'RETRYCOUNT', pending[4] - 1, 'JUSTID')
+      'IDLE', lease_ms, 'RETRYCOUNT', math.max(pending[4] - 1, 0), 'JUSTID')
   end
 end
 

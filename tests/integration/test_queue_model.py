@@ -118,7 +118,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.run.wait(self.replicas[name].give_back(lease))
         work = self.model.issued[lease.item.group_id]
         if not work.expired:
-            work.expired, work.deliveries = True, work.deliveries - 1
+            work.expired, work.deliveries = True, max(work.deliveries - 1, 0)
 
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
