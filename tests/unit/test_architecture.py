@@ -51,6 +51,7 @@ COVERED_BY = {
     "services/trainer/export.py": "tests/e2e/test_run.py",
     "services/trainer/metrics.py": "tests/e2e/test_run.py",
     "services/trainer/surrogates.py": "tests/unit/trainer/test_methods.py",
+    "services/trainer/parts.py": "tests/chaos/test_replay.py",
     "services/trainer/weight_copy.py": "tests/unit/trainer/test_teacher.py",
     "services/trainer/ranks.py": "tests/e2e/test_run.py",
 }
