@@ -60,7 +60,15 @@ def slope(points: list[tuple[int, float]]) -> float:
 
 def test_memory_is_flat_over_2000_steps(chaos_config, make_run: MakeRun, tmp_path: Path) -> None:
     # Deterministic order and files as ever; checkpoints and validations often enough to count.
-    config = chaos_config(STEPS, validation={"every": 100}, checkpoint={"every": 20})
+    # The deadlines are a busy machine's.
+    config = chaos_config(
+        STEPS,
+        validation={"every": 100},
+        checkpoint={"every": 20},
+        rollout={"lease_s": 60.0},
+        weight_sync={"deadline_s": 120.0},
+        timeouts={"startup_s": 900, "stall_s": 900},
+    )
     run = make_run(config)
     memory = Memory(run)
     watching = threading.Thread(target=memory.watch, name="memory")
