@@ -151,7 +151,7 @@ def recorded_numbers(directory: Path, step: int) -> dict[str, float | str]:
 
 def numbers_of(step: KeptStep) -> dict[str, float | str]:
     """What JSON has no number for, NaN and infinities, as words."""
-    numbers = {}
+    numbers: dict[str, float | str] = {}
     for number, (loss, grad_norm) in enumerate(zip(step.losses, step.grad_norms, strict=True), start=1):
         numbers |= {f"update {number}, loss": str(loss), f"update {number}, grad norm": str(grad_norm)}
     return {**numbers, "why": step.why}
