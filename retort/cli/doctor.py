@@ -138,7 +138,8 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 
 def _progress_in_words(evidence: Evidence) -> str:
     phase, step = evidence.progress.get("phase", "starting"), evidence.progress.get("step", "-")
-    return f"the trainer is at step {step}, phase {phase}"
+    warning = evidence.progress.get("warning", "")
+    return f"the trainer is at step {step}, phase {phase}" + (f"; look at this: {warning}" if warning else "")
 
 
 def _run_has_ended(evidence: Evidence) -> Diagnosis | None:

@@ -1,5 +1,7 @@
 """Connections to Redis or Valkey, and the one way to call the function library over them."""
 
+import asyncio
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -7,7 +9,14 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import AuthenticationError, ConnectionError, RedisError, ResponseError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 from redis.retry import Retry
 
 from retort.config import ConfigError
@@ -20,6 +29,7 @@ SOCKET_TIMEOUT_S = 10.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
 ATTEMPTS = 60
 """Of every call, about 30 s in all: the time in which a Redis that died, or starts later, must be there."""
+LIBRARY_WITHIN_S, LIBRARY_POLL_S = 600.0, 0.5
 IMPATIENT = 4
 """About half a second in all, for those who ask whether an address is right."""
 
@@ -72,10 +82,24 @@ async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str |
             raise
     try:
         await redis.function_load(LIBRARY_SOURCE)
+    except NoPermissionError:
+        return await _call_when_loaded(redis, name, keys, *args)
     except ResponseError as error:
         if not replies.library_is_there(error):
             raise
     return await redis.fcall(function(name), len(keys), *keys, *args)
+
+
+async def _call_when_loaded(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
+    """For a user who may call functions and not load them: the trainer does, when it starts or finds them gone."""
+    deadline = time.monotonic() + LIBRARY_WITHIN_S
+    while True:
+        await asyncio.sleep(LIBRARY_POLL_S)
+        try:
+            return await redis.fcall(function(name), len(keys), *keys, *args)
+        except ResponseError as error:
+            if not replies.library_is_missing(error) or time.monotonic() > deadline:
+                raise
 
 
 def _settings() -> dict[str, Any]:

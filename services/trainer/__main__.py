@@ -5,35 +5,28 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from prometheus_client import start_http_server
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from retort.config import ConfigError, RunConfig, load_config
-from retort.questions import Question, questions_of
+from retort.questions import Question
 from retort.queues import Fenced, RunView, TrainerQueue, connect
-from retort.rollouts import RolloutGroup
 from retort.telemetry import die_with_parent, log_event, log_with, start_logging
 from retort.weight_sync import authorization
 from services.trainer.admission import StalledError, WorkList
-from services.trainer.batch import StepBatch, assemble
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
 from services.trainer.fence import Fence
 from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal, RunJournal
 from services.trainer.model_card import ModelCard
-from services.trainer.policy import Policy, load_language_model
-from services.trainer.prompts import decode, encode_prompt
+from services.trainer.parts import assembler, make_policy, make_work, start_ranks
+from services.trainer.prompts import decode
 from services.trainer.publish import WeightPublisher
-from services.trainer.steps import Assemble, Rank0Steps, Steps
+from services.trainer.steps import Rank0Steps, Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import train
 from services.trainer.weight_sender import WeightSender
@@ -65,21 +58,11 @@ def run(config: RunConfig) -> int:
     terminated = threading.Event()
     # On every rank: torchrun passes SIGTERM on to all, and rank 0 cannot finish a step alone.
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    with _ranks(config) as is_first:
+    with start_ranks(config) as is_first:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        questions, validation = questions_of(config)
-        work = WorkList(config, questions, validation, lambda question: encode_prompt(tokenizer, question.messages))
+        work = make_work(config, tokenizer)
         _check_fit(config, work)
-
-        on_gpu = torch.cuda.is_available()
-        mesh = init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
-        policy = Policy(
-            load_language_model(config.model),
-            config.trainer,
-            mesh,
-            dtype=getattr(torch, config.model.dtype),
-            temperature=config.sampling.temperature,
-        )
+        policy = make_policy(config)
         teacher = Teacher(policy)
         fence = Fence(config.directory / "epoch", config.timeouts.startup_s) if is_first else None
         # Before anything is read: a trainer that is still alive must not commit another checkpoint after that.
@@ -88,11 +71,11 @@ def run(config: RunConfig) -> int:
         if checkpoints.load(policy, teacher):
             log_event("resumed", version=policy.version)
 
-        assemble_step = _assembler(config, work, tokenizer)
+        assemble_step = assembler(config, work, tokenizer)
         journal, steps, sender = Journal(), Steps(assemble_step), None
         if fence and queue:
             queue.withdraw_later(policy.version + 1 + config.trainer.max_staleness)
-            backend = "nccl" if on_gpu else "gloo"
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
             sender = WeightSender(
                 queue, config.weight_sync, epoch=fence.epoch, backend=backend, authorization=authorization()
             )
@@ -119,31 +102,6 @@ def run(config: RunConfig) -> int:
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
-
-
-def _assembler(config: RunConfig, work: WorkList, tokenizer: PreTrainedTokenizerBase) -> Assemble:
-    def assemble_step(step: int, groups: list[RolloutGroup]) -> StepBatch:
-        asked = [work.question(group) for group in groups]
-        idle_too = config.trainer.score_idle_rows
-        return assemble(step, groups, asked, tokenizer, config.method, scores_idle_rows=idle_too)
-
-    return assemble_step
-
-
-@contextmanager
-def _ranks(config: RunConfig) -> Iterator[bool]:
-    """The trainer ranks as one process group, gloo for what lies on the CPU and NCCL for what lies on a GPU."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.use_deterministic_algorithms(config.trainer.deterministic)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The other ranks wait in a collective while rank 0 waits for groups, and rank 0 has the shorter deadline.
-    patience = timedelta(seconds=config.timeouts.stall_s + config.timeouts.startup_s + 60)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
 
 
 def _take_over(config: RunConfig, fence: Fence) -> TrainerQueue:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -87,13 +88,13 @@ class Checkpoints:
         _sync(self._directory)
         self._tidy(version)
 
-    def load(self, policy: Policy, teacher: Teacher) -> bool:
-        """Continue from the newest whole checkpoint; False when there has never been one.
+    def load(self, policy: Policy, teacher: Teacher, before: float = math.inf) -> bool:
+        """Continue from the newest whole checkpoint of a version below `before`; False when there is none of that kind.
 
         A damaged one is passed over loudly. Raises ConfigError when there are checkpoints and none is whole: a run
         never starts from zero by itself.
         """
-        choice = str(self._newest_whole() or "") if policy.rank == 0 else ""
+        choice = str(self._newest_whole(before) or "") if policy.rank == 0 else ""
         name = broadcast_bytes(choice.encode()).decode()
         if not name:
             return False
@@ -124,8 +125,8 @@ class Checkpoints:
         found = self._directory.glob("step-*") if self._directory.exists() else ()
         return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name))
 
-    def _newest_whole(self) -> Path | str | None:
-        candidates = self._all()[::-1]
+    def _newest_whole(self, before: float) -> Path | str | None:
+        candidates = [path for path in self._all()[::-1] if _version_of(path) < before]
         for path in candidates:
             problem = _problem(path)
             if not problem:

@@ -1,9 +1,10 @@
 """What a run leaves behind: metrics.jsonl, the groups it was trained on, and what it is doing right now."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import msgspec
 from retort.config import RunConfig
 from retort.questions import Question, question_text
 from retort.rollouts import RolloutGroup
-from retort.telemetry import log_with
+from retort.telemetry import log_event, log_with
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
 from services.trainer.fence import Fence
+from services.trainer.guards import KeptStep, collapse_signals
 from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.ranks import gather_all
 from services.trainer.update import Update
@@ -70,6 +72,9 @@ class Journal:
     def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
         """The line of a step, and its groups. A collective: the token weights lie on the rank that computed them."""
         batch.token_weights = gather_all(batch.token_weights).sum(0)
+
+    def keep_step(self, step: KeptStep) -> None:
+        """A step to which a guard objected, for `retort replay`."""
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         """The groups of a validation. Their metrics go into the line of that step, or one more if that is written."""
@@ -154,8 +159,16 @@ class RunJournal(Journal):
             self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups
         ]
         with self._fence.held():
-            _write_lines(self._directory / "rollouts" / f"step-{batch.step:06d}.jsonl", lines)
+            _write_lines(rollouts_file(self._directory, batch.step), lines)
             self._append(batch.step, metrics)
+        signals = "; ".join(collapse_signals(metrics))
+        if signals:
+            log_event("collapse_signal", logging.WARNING, message=signals)
+        self._set_progress(warning=signals)
+
+    def keep_step(self, step: KeptStep) -> None:
+        with self._fence.held():
+            _write_whole(kept_file(self._directory, step.step), [step.to_bytes()])
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         metrics = validation_metrics_of(groups)
@@ -220,12 +233,26 @@ class RunJournal(Journal):
         }
 
 
+def rollouts_file(directory: Path, step: int) -> Path:
+    """The groups of a step; their numbers are written with every bit."""
+    return directory / "rollouts" / f"step-{step:06d}.jsonl"
+
+
+def kept_file(directory: Path, step: int) -> Path:
+    """A `KeptStep`."""
+    return directory / "kept" / f"step-{step:06d}.msgpack"
+
+
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    _write_whole(path, (msgspec.json.encode(line) + b"\n" for line in lines))
+
+
+def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """A whole file or none: a step that is trained again after a crash replaces its file, so no group appears twice."""
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
-        file.writelines(msgspec.json.encode(line) + b"\n" for line in lines)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

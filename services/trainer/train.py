@@ -30,7 +30,7 @@ def train(
     journal: Journal,
 ) -> bool:
     """Run the training steps; step s turns policy version s - 1 into s. False if asked to stop before the last."""
-    settings, guards = config.trainer, Guards(config.trainer)
+    settings, guards = config.trainer, Guards(config.trainer, journal.keep_step)
     # In a streamed step the policy moves on while its old log-probs are still wanted.
     start = WeightCopy(policy.local_shards()) if settings.is_streamed else None
     saved_version = policy.version

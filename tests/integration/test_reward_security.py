@@ -14,8 +14,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from starlette.routing import Route
 
 from retort.client import Item, RewardClient, RewardServiceError
+from retort.proto.reward.v1 import reward_pb2
+from services.reward.app import make_app
+from services.reward.security import Security
 from tests.reward_service import ROOT, Service, reward_service
 
 pytestmark = pytest.mark.timeout(60)
@@ -97,6 +101,33 @@ def test_http_takes_the_token_over_tls_and_nothing_else(secured: Service, certif
         assert client.get("/metrics").status_code == 401
         allowed = client.post("/v1/score", json=body, headers={"Authorization": f"Bearer {TOKEN}"})
         assert allowed.json()["results"][0]["reward"] == 1.0
+
+
+def test_every_route_but_the_two_probes_wants_a_token(secured: Service, certificate: tuple[Path, Path]) -> None:
+    import ssl
+
+    # Listed from the application itself, so that a route that is added is asked too. Scoring is not reached.
+    routes = [route for route in make_app(None, Security()).routes if isinstance(route, Route)]  # type: ignore[arg-type]
+    asked = [(method, route.path.replace("{checker}", "mcq")) for route in routes for method in route.methods or ()]
+    assert len(asked) > 8
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    with httpx.Client(base_url=secured.http, verify=context) as client:
+        answers = {(method, path): client.request(method, path).status_code for method, path in asked}
+        assert client.get("/no/such/route").status_code == 401
+    assert {path for (_, path), status in answers.items() if status != 401} == {"/healthz", "/readyz"}
+
+
+def test_every_rpc_but_health_wants_a_token(secured: Service, certificate: tuple[Path, Path]) -> None:
+    service = reward_pb2.DESCRIPTOR.services_by_name["RewardService"]
+    names = [f"/{service.full_name}/{method.name}" for method in service.methods]
+    names.append("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+    credentials = grpc.ssl_channel_credentials(certificate[0].read_bytes())
+    with grpc.secure_channel(secured.address, credentials) as channel:
+        for name in names:
+            # On the wire a call with one message is a stream with one message.
+            with pytest.raises(grpc.RpcError) as refused:
+                list(channel.stream_stream(name)(iter([b""]), timeout=20))
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, name
 
 
 def test_mutual_tls_takes_only_clients_with_a_certificate(certificate: tuple[Path, Path]) -> None:

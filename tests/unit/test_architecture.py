@@ -51,6 +51,7 @@ COVERED_BY = {
     "services/trainer/export.py": "tests/e2e/test_run.py",
     "services/trainer/metrics.py": "tests/e2e/test_run.py",
     "services/trainer/surrogates.py": "tests/unit/trainer/test_methods.py",
+    "services/trainer/parts.py": "tests/chaos/test_replay.py",
     "services/trainer/weight_copy.py": "tests/unit/trainer/test_teacher.py",
     "services/trainer/ranks.py": "tests/e2e/test_run.py",
 }
@@ -250,3 +251,43 @@ def test_one_version_of_torch_is_named_everywhere() -> None:
     files = [ROOT / "pyproject.toml", ROOT / "Makefile", *(ROOT / "requirements").iterdir()]
     versions = {version for path in files for version in re.findall(r"\btorch==([\d.]+)", path.read_text())}
     assert len(versions) == 1
+
+
+UNSAFE_CALLS = {"eval", "exec", "compile", "torch.load", "torch.save", "os.system", "marshal.loads", "yaml.load"}
+UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib")
+RUNS_CODE_ON_PURPOSE = {"services/reward/isolation/program.py"}
+"""In a process that the kernel confines: docs/reward-security.md."""
+
+
+def called_name(node: ast.Call) -> str:
+    """`torch.load` of `torch.load(file)`; empty for what is no plain name."""
+    return ast.unparse(node.func) if isinstance(node.func, ast.Name | ast.Attribute) else ""
+
+
+def test_nothing_that_arrives_can_become_code() -> None:
+    files = sources("retort", "services")
+    assert imports_of(files, *UNSAFE_MODULES) == {}
+    found = [
+        f"{relative(path)}, line {node.lineno}: {ast.unparse(node)[:80]}"
+        for path in files
+        if relative(path) not in RUNS_CODE_ON_PURPOSE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and (
+            called_name(node) in UNSAFE_CALLS
+            or any(keyword.arg in ("trust_remote_code", "shell", "allow_pickle") for keyword in node.keywords)
+        )
+    ]
+    assert found == []
+
+
+SECRETS = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY|\bhf_[A-Za-z0-9]{30}|\bAKIA[0-9A-Z]{16}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{36}|\bsk-[A-Za-z0-9]{32}"
+)
+
+
+def test_no_file_holds_a_key_or_a_token() -> None:
+    texts = {path: path.read_text(errors="replace") for path in repository_files("") if path.is_file()}
+    assert [relative(path) for path, text in texts.items() if SECRETS.search(text)] == []
+    assert SECRETS.search("token = hf_" + "a" * 34)

@@ -64,6 +64,11 @@ def test_while_the_trainer_computes_nobody_waits() -> None:
     )
 
 
+def test_what_the_trainer_warns_of_is_passed_on() -> None:
+    warned = {"phase": "training", "step": "5", "updated": "99", "since": "99", "warning": "most completions are cut"}
+    assert "phase training; look at this: most completions are cut. Try" in line(progress=warned)
+
+
 def test_a_frozen_replica_that_holds_the_work_is_named() -> None:
     members = {"rollout-0": a_member("rollout-0"), "rollout-1": a_member("rollout-1", updated=75.0)}
     assert line(members=members) == (

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from services.trainer.batch import StepBatch
-from services.trainer.guards import DivergedError, Guards
+from services.trainer.guards import DivergedError, Guards, KeptStep, collapse_signals
 from services.trainer.update import Update
 from tests.training import a_batch, a_config, a_group, a_rollout
 
 
 def guards(**limits: float) -> Guards:
-    return Guards(a_config(trainer=limits).trainer)
+    return Guards(a_config(trainer=limits).trainer, lambda kept: None)
 
 
 def a_step(gaps: list[float], advantage: float = 0.5) -> StepBatch:
@@ -71,3 +71,46 @@ def test_a_good_update_between_starts_the_count_again() -> None:
 def test_so_many_in_a_row_end_the_run_also_when_a_good_one_follows() -> None:
     with pytest.raises(DivergedError):
         guards(max_skipped_updates=2).check_updates([SKIPPED, SKIPPED, FINE])
+
+
+def test_a_step_to_which_a_guard_objects_is_kept_whole_with_every_bit() -> None:
+    kept: list[KeptStep] = []
+    guard = Guards(a_config(trainer={"max_skipped_updates": 3, "max_logprob_gap": 0.25}).trainer, kept.append)
+    guard.check_engine(a_step([0.0]))
+    guard.check_updates([FINE])
+    assert kept == []
+    guard.check_engine(a_step([0.125]))  # the second part of the same step
+    guard.check_updates([SKIPPED])
+    again = KeptStep.from_bytes(kept[0].to_bytes())
+    assert (again.step, len(again.groups), again.losses) == (1, 2, [0.5, 0.5])
+    assert again.grad_norms[0] == 1.0
+    assert math.isnan(again.grad_norms[1])
+    with pytest.raises(DivergedError):
+        guard.check_engine(a_step([9.0]))
+    assert len(kept[1].groups) == 3
+    assert "log-probs of engine and trainer differ" in kept[1].why
+
+
+def test_a_gap_is_told_for_each_replica() -> None:
+    batch = a_step([1.0, -0.5])
+    with pytest.raises(DivergedError, match=r"\(rollout-0 0\.75\)"):
+        guards(max_logprob_gap=0.25).check_engine(batch)
+
+
+HEALTHY = {"critic/mixed_group_fraction": 0.5, "response_length/clip_ratio": 0.0, "critic/score/mean": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, []),
+        ({"critic/mixed_group_fraction": 0.0}, ["nothing to learn from"]),
+        ({"response_length/clip_ratio": 0.75}, ["cut at sampling.max_completion_tokens"]),
+        ({"actor/entropy": 0.001}, ["certain and mostly wrong"]),
+        ({"actor/entropy": 0.001, "critic/score/mean": 0.9}, []),
+    ],
+)
+def test_a_policy_that_collapses_is_warned_of(changed: dict[str, float], said: list[str]) -> None:
+    signals = collapse_signals({**HEALTHY, **changed})
+    assert len(signals) == len(said)
+    assert all(words in signal for words, signal in zip(said, signals, strict=True))
