@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos check docs dist proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos kill-demo check docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 
 chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N repeats a plan
 	$(BIN)/pytest -m "chaos or not chaos" tests/chaos tests/e2e
+
+kill-demo: setup  ## watch: one run is left alone, one is killed 20 times; both end with the same SHA-256 (two minutes)
+	$(BIN)/pytest -m chaos tests/chaos/test_kill_demo.py
 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose

@@ -104,11 +104,11 @@ class ChaosRun(LaunchedRun):
         self.network.close()
         self.is_closed = True
 
-    def resume(self) -> None:
+    def resume(self, **settings: object) -> None:
         """`--resume`, as somebody would type it after the launcher is gone."""
         self.launcher.wait()
         has_begun = (self.directory / "config.toml").exists()
-        self.start(*(["--resume"] if has_begun else []))
+        self.start(*(["--resume"] if has_begun else []), **settings)
 
     def _links(self) -> dict[str, dict[str, str]]:
         told: dict[str, dict[str, str]] = {}
