@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,14 @@ class ChaosRun(LaunchedRun):
         self.jump_to(0.0)
         self._audited: dict[str, int] = {}
         self.is_closed = False
-        replicas = [f"rollout-{number}" for number in range(config.rollout.replicas)]
+
+    @cached_property
+    def network(self) -> Network:
+        """The links between its services."""
+        replicas = [f"rollout-{number}" for number in range(self.config.rollout.replicas)]
         targets = {f"{name} redis": partial(self._address, "redis") for name in ("trainer", *replicas)}
         targets |= {f"{name} reward": partial(self._address, "grpc") for name in replicas}
-        self.network = Network(targets)
+        return Network(targets)
 
     def start(self, *arguments: str, **settings: object) -> None:
         options = [f"--set={key.replace('__', '.')}={value}" for key, value in settings.items()]
@@ -101,7 +105,8 @@ class ChaosRun(LaunchedRun):
         if hasattr(self, "launcher") and self.launcher.poll() is None:
             self.launcher.kill()
             self.launcher.wait()
-        self.network.close()
+        if "network" in self.__dict__:
+            self.network.close()
         self.is_closed = True
 
     def resume(self, **settings: object) -> None:

@@ -16,7 +16,7 @@ def test_data_order_and_groups_are_those_of_an_undisturbed_run(
     config = chaos_config(STEPS, trainer={"ranks": before})
     run = make_run(config)
     run.start()
-    wait_until(lambda: (run.directory / "checkpoints" / "step-000004").exists(), "the checkpoint of step 4", 240)
+    wait_until((run.directory / "checkpoints" / "step-000004").exists, "the checkpoint of step 4", 240)
     run.launcher.kill()
     run.resume(trainer__ranks=after)
     assert run.finish() == 0
