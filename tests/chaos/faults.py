@@ -110,8 +110,9 @@ class Chaos:
         """SIGKILL; it is started again when the doctor has been asked."""
         gate = hold(self.run.directory, name)
         gate.touch()
+        pid = self.run.pid_of(name)
         try:
-            return self.send(name, signal.SIGKILL) and self._ask_doctor(name)
+            return pid is not None and self.send(name, signal.SIGKILL) and self._ask_doctor(name, pid)
         finally:
             gate.unlink()
 
@@ -125,7 +126,7 @@ class Chaos:
                 os.kill(pid, signal.SIGCONT)
 
         self.end_later(longest_s, name, thaw)
-        return self._ask_doctor(name)
+        return self._ask_doctor(name, pid)
 
     def end_later(self, longest_s: float, name: str, end: Callable[[], object]) -> None:
         """Call `end` after a random while; until then `name` may be blamed."""
@@ -143,10 +144,11 @@ class Chaos:
             self.expect_recovery(name, pid)
         return True
 
-    def _ask_doctor(self, name: str) -> bool:
+    def _ask_doctor(self, name: str, pid: int) -> bool:
         """It has to name the process that is down, or another that is. Always True: the fault was done."""
         if self.run.launcher.poll() is not None:
             return True
+        wait_until(lambda: _is_down(pid), f"the effect of a signal on {name}")
         down = {name, *self._waiting, *(other for _, other, _ in self._ends)}
         try:
             diagnosis = self.run.diagnosis()
@@ -199,6 +201,13 @@ class Chaos:
         for _, _, end in self._ends:
             end()
         self._ends.clear()
+
+
+def _is_down(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def kill_rank(chaos: Chaos) -> bool:

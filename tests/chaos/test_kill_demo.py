@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 
 import pytest
@@ -22,13 +23,14 @@ def sha256(run: ChaosRun) -> str:
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_sha_256(
-    chaos_config, make_run: MakeRun, pytestconfig: pytest.Config
+    chaos_config, make_run: MakeRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     begun = time.monotonic()
 
     def say(text: str) -> None:
-        reporter.write_line(f"{time.monotonic() - begun:6.1f} s  {text}")
+        with capfd.disabled():
+            sys.stdout.write(f"\n{time.monotonic() - begun:6.1f} s  {text}")
+            sys.stdout.flush()
 
     say(f"two runs of {STEPS} steps, seed {chaos_seed()}; the first is left alone")
     undisturbed = make_run(chaos_config(STEPS), "undisturbed")
@@ -46,7 +48,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_sha_256(
         for hit in chaos.hits[done:]:
             say(f"{hit.kind:<14} while the trainer was {hit.state}, after step {max(disturbed.last_step(), 0)}")
     assert chaos.finish() == 0
-    say(f"{len(chaos.hits)} kills    {sha256(disturbed)}")
+    say(f"{len(chaos.hits):2} kills     {sha256(disturbed)}")
     assert sha256(disturbed) == sha256(undisturbed)
     disturbed.check_exactly_once()
     disturbed.close()
