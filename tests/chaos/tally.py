@@ -37,7 +37,8 @@ class Tally:
         """The table."""
         yield f"{self.runs} runs with {self.faults.total()} faults, {self.identical} ended with the undisturbed bits"
         yield f"{self.accepted_calls} accepted trainer calls were read back, epochs never fell"
-        yield f"the doctor was asked {self.diagnoses} times who was down, and was wrong {len(self.wrong_diagnoses)} times"
+        wrong = len(self.wrong_diagnoses)
+        yield f"the doctor was asked {self.diagnoses} times who was down, and was wrong {wrong} times"
         yield from self.wrong_diagnoses
         for kind in sorted({kind for kind, _ in self.faults}):
             states = {state: count for (one, state), count in self.faults.items() if one == kind}
