@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if "RETORT_CHAOS_SEED" in os.environ:
+    if config.stash[TALLY].runs:
         terminalreporter.write_sep("=", f"chaos, RETORT_CHAOS_SEED={chaos_seed()}")
         terminalreporter.write("".join(f"{line}\n" for line in config.stash[TALLY].lines()))
 
