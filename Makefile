@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos soak check docs dist proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos soak kill-demo check docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N r
 
 soak: setup  ## 2,000 steps; the memory of every process and of Redis has to stay flat (not in `make test`)
 	$(BIN)/pytest -s -m soak tests/chaos/test_soak.py
+
+kill-demo: setup  ## watch: one run is left alone, one is killed 20 times; both end with the same SHA-256 (two minutes)
+	$(BIN)/pytest -m chaos tests/chaos/test_kill_demo.py
 
 test-compose: setup  ## build docker-compose.yml with podman, run it, kill parts of it (long; not in `make test`)
 	$(BIN)/pytest -m compose tests/compose

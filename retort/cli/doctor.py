@@ -1,6 +1,7 @@
 """`retort doctor [RUN_DIR]`: who waits for whom, since when, why, and the command that helps.
 
-Reads the run's files and its Redis, asks no service and changes nothing, so it answers also when everything hangs.
+Reads the run's files, its Redis and this machine's process table, asks no service and changes nothing, so it answers
+also when everything hangs.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from retort.cli.liveness import condition
 from retort.cli.status import newest_run, open_view, read_status, replicas_shown, status_lines
 from retort.config import RunConfig, load_config
 from retort.queues import DeadWork, InFlight, Kind, Member, PendingLease, RunView
@@ -58,6 +60,8 @@ class Evidence:
     """The oldest, of the kind of work that the trainer waits for."""
     dead: list[DeadWork] = field(default_factory=list)
     """Work that failed under the present trainer."""
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    """What this machine's process table says of the launcher and of each service: see `liveness.condition`."""
 
     def silent_s(self, member: Member) -> float:
         return self.now - member.updated
@@ -94,21 +98,22 @@ def main(args: argparse.Namespace) -> int:
 def gather(directory: Path) -> Evidence:
     """Look once. A Redis that does not answer is a finding, not an error."""
     config, status, now = load_config(directory / "config.toml"), read_status(directory), time.time()
+    conditions = {process["name"]: condition(process) for process in status["processes"]}
+    conditions["launcher"] = condition(status["launcher"], alone=True)  # below it are all the others
+    seen = Evidence(directory, now, status, redis_answers=False, conditions=conditions)
     try:
-        return _with_redis(config, directory, status, now)
+        return _with_redis(config, seen)
     except (RedisError, ValueError):
-        return Evidence(directory, now, status, redis_answers=False)
+        return seen
 
 
-def _with_redis(config: RunConfig, directory: Path, status: Mapping[str, Any], now: float) -> Evidence:
-    view: RunView = open_view(config, status)
+def _with_redis(config: RunConfig, seen: Evidence) -> Evidence:
+    view: RunView = open_view(config, seen.status)
     progress = view.progress()
     kind: Kind = "validation" if progress.get("phase") == "validating" else "train"
     epoch = view.highest_epoch()
-    return Evidence(
-        directory,
-        now,
-        status,
+    return dataclasses.replace(
+        seen,
         redis_answers=True,
         progress=progress,
         members=view.members(),
@@ -123,6 +128,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     rules: tuple[Callable[[Evidence], Diagnosis | None], ...] = (
         _run_has_ended,
         _launcher_is_gone,
+        _process_is_down,
         _redis_is_away,
         _work_was_given_up,
         _trainer_is_silent,
@@ -153,7 +159,13 @@ def _run_has_ended(evidence: Evidence) -> Diagnosis | None:
 
 
 def _launcher_is_gone(evidence: Evidence) -> Diagnosis | None:
-    age = evidence.now - evidence.status["updated"]
+    age, state = evidence.now - evidence.status["updated"], evidence.conditions.get("launcher", "unknown")
+    if state == "frozen":
+        pid = evidence.status["launcher"]["pid"]
+        why = f"its process {pid} was stopped by a signal"
+        return Diagnosis("the run", "its launcher", age, why, f"kill -CONT {pid}")
+    if state == "gone":
+        return Diagnosis("the run", "its launcher", age, "its process is gone", _resume(evidence))
     if age < SILENT_S:
         return None
     return Diagnosis("the run", "its launcher", age, "status.json is not written any more", _resume(evidence))
@@ -161,6 +173,30 @@ def _launcher_is_gone(evidence: Evidence) -> Diagnosis | None:
 
 def _resume(evidence: Evidence) -> str:
     return f"retort run {evidence.directory / 'config.toml'} --resume"
+
+
+def _process_is_down(evidence: Evidence) -> Diagnosis | None:
+    """A service that was stopped by a signal, or died and does not run yet; first those that more wait for."""
+    processes = {process["name"]: process for process in evidence.status["processes"]}
+    for name in sorted(processes, key=lambda name: (name != "redis", name != "trainer", name != "reward", name)):
+        state, pid = evidence.conditions.get(name), processes[name]["pid"]
+        if state not in ("frozen", "gone") or processes[name]["state"] == "exited":
+            continue
+        why, command = f"its process {pid} was stopped by a signal", f"kill -CONT {pid}"
+        if state == "gone":
+            times = processes[name]["restarts"]
+            why, command = f"it is being started; it was started again {times} times before", evidence.log(name)
+        waiting = "trainer" if name.startswith("rollout") else "everybody"
+        return Diagnosis(waiting, name, _silent_s(evidence, name), why, command)
+    return None
+
+
+def _silent_s(evidence: Evidence, name: str) -> float:
+    """Since when nothing was heard of a service that speaks in Redis; of another, since the launcher looked."""
+    if name == "trainer" and evidence.progress:
+        return evidence.trainer_silent_s
+    member = evidence.members.get(name)
+    return evidence.silent_s(member) if member else evidence.now - float(evidence.status["updated"])
 
 
 def _redis_is_away(evidence: Evidence) -> Diagnosis | None:

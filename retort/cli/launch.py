@@ -103,6 +103,7 @@ class LocalRun:
             self._interrupts.wait(0.05)
         # A request to stop that an earlier launch left behind would end this one after its first step.
         clear_stop(self._redis, self._config.key_prefix)
+        self._watch.begin()
         for program in programs:
             if program.name != "redis":
                 self._supervisor.add(program)

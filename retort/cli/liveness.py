@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]  # it has no types
 
@@ -21,6 +21,24 @@ def is_gone(identity: Mapping[str, Any]) -> bool:
         return False
     started = _started(identity["pid"])
     return started is None or identity["started"] is None or abs(started - identity["started"]) > _CLOCK_STEP_S
+
+
+def condition(identity: Mapping[str, Any], *, alone: bool = False) -> Literal["running", "frozen", "gone", "unknown"]:
+    """What the process table says of that very process; frozen: it was stopped by a signal.
+
+    Unless it is asked for `alone`, it is frozen too if anything below it is.
+    """
+    if identity["host"] != socket.gethostname():
+        return "unknown"
+    if is_gone(identity):
+        return "gone"
+    try:
+        process = psutil.Process(identity["pid"])
+        below = [] if alone else process.children(recursive=True)
+        states = [process.status() for process in (process, *below)]
+    except psutil.NoSuchProcess:
+        return "unknown"  # one of them has just ended
+    return "frozen" if psutil.STATUS_STOPPED in states else "running"
 
 
 def _started(pid: int | None) -> float | None:

@@ -35,24 +35,32 @@ class Sighting:
 
 
 class RunWatch:
-    """Looks at one run, from the moment its processes were started."""
+    """Looks at one run, from the moment of `begin`, when Redis is there and nobody else."""
 
     def __init__(self, config: RunConfig, redis: Redis) -> None:
         self._config = config
         self._redis = RunView(redis, config.key_prefix)
-        self._since = time.time()
+        self._before = Sighting()
         self._last = Sighting()
         self.metrics = MetricsTail(config.directory / "metrics.jsonl")
         self.metrics.read()  # what an earlier launch wrote is known, not new
+
+    def begin(self) -> None:
+        """Note what an earlier launch left in Redis: it says nothing about this one.
+
+        It is told by what it says, not by its time: clocks can be set back.
+        """
+        with contextlib.suppress(RedisError):
+            self._before = Sighting(self._redis.progress(), self._redis.members())
 
     def look(self) -> Sighting:
         progress, members = self._last.progress, self._last.members
         with contextlib.suppress(RedisError):  # it died and is being restarted; the supervisor says so
             progress, members = self._redis.progress(), self._redis.members()
-        # Redis keeps its data over a restart: what an earlier launch left there says nothing about this one.
-        if float(progress.get("updated", 0)) < self._since:
+        if progress.get("updated") == self._before.progress.get("updated"):
             progress = {}
-        members = {name: member for name, member in members.items() if member.updated >= self._since}
+        old = {member.incarnation for member in self._before.members.values()}
+        members = {name: member for name, member in members.items() if member.incarnation not in old}
         self._last = Sighting(progress, members, self.metrics.read())
         return self._last
 

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from retort.config import RunConfig
+from tests.chaos.forked import MODEL
 from tests.chaos.run import ChaosRun
 from tests.chaos.tally import Tally
 from tests.e2e.launched_run import ROOT
@@ -25,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if "RETORT_CHAOS_SEED" in os.environ:
+    if config.stash[TALLY].runs:
         terminalreporter.write_sep("=", f"chaos, RETORT_CHAOS_SEED={chaos_seed()}")
         terminalreporter.write("".join(f"{line}\n" for line in config.stash[TALLY].lines()))
 
@@ -38,12 +39,13 @@ def chaos_seed() -> int:
 
 
 @pytest.fixture(scope="session")
-def context() -> ForkServerContext:
-    """Where processes come from that have torch loaded."""
+def context(small_model: Path) -> ForkServerContext:
+    """Where processes come from that have torch loaded, and the model."""
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ[MODEL] = str(small_model)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.chaos.forked"])
+    server.set_forkserver_preload(["tests.chaos.warm"])
     return server
 
 
@@ -89,8 +91,8 @@ def chaos_config(small_model: Path, few_questions: Path) -> Callable[..., RunCon
             },
             "validation": {"every": 8, "max_questions": 2, "samples": 2},
             "checkpoint": {"every": 2},
-            "rollout": {"replicas": 2, "concurrent_groups": 4, "lease_s": 3.0},
-            "weight_sync": {"bucket_mib": 0.02, "max_probe_gap": 1e-3, "deadline_s": 6.0},
+            "rollout": {"replicas": 2, "concurrent_groups": 4, "lease_s": 2.0},
+            "weight_sync": {"bucket_mib": 0.02, "max_probe_gap": 1e-3, "deadline_s": 4.0},
             "timeouts": {"startup_s": 60, "stall_s": 60, "max_restarts": 10_000},
         }
         for section, keys in sections.items():
@@ -135,7 +137,6 @@ def make_run(tmp_path: Path, context: ForkServerContext) -> Iterator[MakeRun]:
 
     yield make
     for run in made:
-        if hasattr(run, "launcher") and run.launcher.poll() is None:
-            run.launcher.kill()
-            run.launcher.wait()
-        print(run.tails())
+        if not run.is_closed:
+            run.close()
+            print(run.tails())

@@ -5,20 +5,26 @@ a hundred. Everything else is what `retort run` does. Waits that only cost time 
 """
 
 import contextlib
+import json
+import mmap
 import multiprocessing
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
+import grpc.aio._utils
 
 import retort.cli.__main__
 import retort.cli.launch
@@ -27,7 +33,9 @@ import services.rollout.__main__
 import services.rollout.simulated_engine
 import services.trainer.__main__
 from retort.cli import processes
+from retort.cli.process_table import plan_programs
 from retort.cli.processes import Program
+from retort.config import RunConfig
 from retort.telemetry import LAUNCHER_PID, die_with_parent
 from services.trainer import admission, weight_sender
 
@@ -36,18 +44,19 @@ MAINS: dict[str, Callable[[], int]] = {
     "services.rollout": services.rollout.__main__.main,
     "services.trainer": services.trainer.__main__.main,
 }
-REDIS_WAITS = "redis-waits"
-"""While this file is in the run directory, Redis is not started: its files are being shortened."""
+MODEL = "RETORT_CHAOS_MODEL"
+"""Environment variable with the model that the runs will load."""
+LINKS = "RETORT_CHAOS_LINKS"
+"""Environment variable with what services are told in place of addresses: JSON, service -> variable -> value."""
+CLOCK = "RETORT_CHAOS_CLOCK"
+"""Environment variable with a file of eight bytes: by how many seconds the clock of the run is wrong."""
 
 
-def import_what_torch_imports_late() -> None:
-    """The first update of an optimizer imports half of torch."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.zeros(2)
-    torch.optim.AdamW([parameter]).step()
+def hold(directory: Path, name: str) -> Path:
+    """While this file exists, the launcher does not start the service."""
+    return directory / f"hold-{name}"
 
 
-import_what_torch_imports_late()
 spawn_executed = processes._spawn
 
 
@@ -69,7 +78,10 @@ def launch(arguments: Sequence[str], output: Path, environment: dict[str, str]) 
     os.environ.update(environment)
     redirect(output)
     shorten_waits()
+    set_the_clock(Path(environment[CLOCK]))
     processes._spawn = spawn
+    plan = partial(plan_with_faults, json.loads(environment[LINKS]))
+    retort.cli.launch.launch = partial(retort.cli.launch.launch, plan=plan)
     sys.exit(retort.cli.__main__.main(list(arguments)))
 
 
@@ -80,20 +92,43 @@ def be_like_a_started_program() -> None:
 
 def shorten_waits() -> None:
     """What only decides how soon a fault is noticed or tried again: here everything takes milliseconds."""
-    retort.cli.launch.REFRESH_S = 0.05
+    retort.cli.launch.REFRESH_S = 0.1
     admission.ISSUE_AGAIN_S = 1.0
     weight_sender.HEARD_OF_WITHIN_S = 5.0
     impatient = processes.RestartPolicy
     retort.cli.launch.RestartPolicy = lambda limit: impatient(limit, first_delay_s=0.05, longest_delay_s=0.05)
 
 
+def set_the_clock(file: Path) -> None:
+    """From now on `time.time` here, and in all that is forked from here, is wrong by what the file says at the time."""
+    with file.open("r+b") as stream:
+        offset = mmap.mmap(stream.fileno(), 8)
+    right = time.time
+    # gRPC's core asks the system itself: a deadline that was counted from another clock would be over at once.
+    grpc.aio._utils.time = SimpleNamespace(time=right)
+    time.time = lambda: right() + float(struct.unpack("d", offset[:8])[0])
+
+
+def plan_with_faults(
+    links: Mapping[str, Mapping[str, str]], config: RunConfig, config_file: Path
+) -> tuple[str, list[Program]]:
+    """As `plan_programs`, but what is held is not started, and services go through the links."""
+    url, programs = plan_programs(config, config_file)
+
+    def held(program: Program) -> Program:
+        gate = hold(config.directory, program.name)
+        return replace(
+            program,
+            environment={**program.environment, **links.get(program.name, {})},
+            may_start=lambda: not gate.exists() and program.may_start(),
+        )
+
+    return url, [held(program) for program in programs]
+
+
 def spawn(program: Program) -> subprocess.Popen[bytes]:
     """As `processes._spawn`, but forked. Redis is not ours and has nothing to import."""
     if program.name == "redis":
-        gate = program.log.parents[1] / REDIS_WAITS
-        deadline = time.monotonic() + 10
-        while gate.exists() and time.monotonic() < deadline:
-            time.sleep(0.005)
         return spawn_executed(program)
     simulated = ["--engine", "simulated"] if program.name.startswith("rollout") else []
     return fork(program.name, [*program.command, *simulated], program.environment, program.log)

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import signal
+import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -17,36 +20,46 @@ from redis import Redis
 from redis.exceptions import RedisError
 from safetensors import safe_open
 
+from retort.cli.doctor import Diagnosis, diagnose, gather
 from retort.cli.process_table import open_redis
 from retort.config import RunConfig, dump_config
 from retort.queues import RunView
 from retort.queues.protocol import Keys
 from services.trainer.admission import data_indices
 from tests.chaos import forked
+from tests.chaos.network import Network
 from tests.e2e.launched_run import LaunchedRun
 
 NOT_A_RESULT = ("time", "timing_s/", "perf/", "weight_sync/")
 """Metrics of how it went, not of what came out."""
+REWARD_ADDRESS = "RETORT_REWARD__ADDRESS"
+NO_ANSWER = (RedisError, FileNotFoundError, ValueError, StopIteration, LookupError)
+"""What a look at a run may raise that has not begun, or of which something is down."""
 NOT_OF_A_GROUP = ("sampled_by", "generate_seconds", "score_seconds")
+FORK_SERVER = threading.Lock()
+"""multiprocessing asks for the ends of all processes at every start, whoever is asking for one of them meanwhile."""
 
 
 class Launcher:
     """The launcher's process, with the methods of `subprocess.Popen` that `LaunchedRun` uses."""
 
-    def __init__(self, context: ForkServerContext, arguments: list[str], output: Path) -> None:
-        environment = {"PYTHONUNBUFFERED": "1"}
-        self._process = forked.start_in_fork_server(context, forked.launch, arguments, output, environment)
+    def __init__(
+        self, context: ForkServerContext, arguments: list[str], output: Path, environment: dict[str, str]
+    ) -> None:
+        with FORK_SERVER:
+            self._process = forked.start_in_fork_server(context, forked.launch, arguments, output, environment)
         self.pid = self._process.pid
 
     @property
     def returncode(self) -> int:
-        return int(self._process.exitcode)
+        return int(self.poll() or 0)
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        with FORK_SERVER:
+            return self._process.exitcode
 
     def wait(self) -> None:
-        self._process.join(60)
+        wait_until(lambda: self.poll() is not None, "the end of a launcher")
 
     def kill(self) -> None:
         self._process.kill()
@@ -65,18 +78,69 @@ class ChaosRun(LaunchedRun):
         self._clients: dict[str, Redis] = {}
         self._file = directory.parent / f"{directory.name}.toml"
         self._file.write_text(dump_config(self.config))
+        self._clock = directory.parent / f"{directory.name}.clock"
+        self.jump_to(0.0)
+        self._audited: dict[str, int] = {}
+        self.is_closed = False
+
+    @cached_property
+    def network(self) -> Network:
+        """The links between its services."""
+        replicas = [f"rollout-{number}" for number in range(self.config.rollout.replicas)]
+        targets = {f"{name} redis": partial(self._address, "redis") for name in ("trainer", *replicas)}
+        targets |= {f"{name} reward": partial(self._address, "grpc") for name in replicas}
+        return Network(targets)
 
     def start(self, *arguments: str, **settings: object) -> None:
         options = [f"--set={key.replace('__', '.')}={value}" for key, value in settings.items()]
         self.launcher = Launcher(  # type: ignore[assignment]
-            self._context, ["run", str(self._file), "--run-dir", str(self.directory), *arguments, *options], self.output
+            self._context,
+            ["run", str(self._file), "--run-dir", str(self.directory), *arguments, *options],
+            self.output,
+            {"PYTHONUNBUFFERED": "1", forked.CLOCK: str(self._clock), forked.LINKS: json.dumps(self._links())},
         )
 
-    def resume(self) -> None:
+    def close(self) -> None:
+        """End what is left of it."""
+        if hasattr(self, "launcher") and self.launcher.poll() is None:
+            self.launcher.kill()
+            self.launcher.wait()
+        if "network" in self.__dict__:
+            self.network.close()
+        self.is_closed = True
+
+    def resume(self, **settings: object) -> None:
         """`--resume`, as somebody would type it after the launcher is gone."""
         self.launcher.wait()
         has_begun = (self.directory / "config.toml").exists()
-        self.start(*(["--resume"] if has_begun else []))
+        self.start(*(["--resume"] if has_begun else []), **settings)
+
+    def _links(self) -> dict[str, dict[str, str]]:
+        told: dict[str, dict[str, str]] = {}
+        for link, port in self.network.ports.items():
+            service, _, other = link.partition(" ")
+            address = f"127.0.0.1:{port}"
+            variable = {"RETORT_REDIS__URL": f"redis://{address}/0"} if other == "redis" else {REWARD_ADDRESS: address}
+            told.setdefault(service, {}).update(variable)
+        return told
+
+    def _address(self, protocol: str) -> str:
+        """Where a service of the run listens now."""
+        addresses = [p["addresses"][protocol] for p in self.status()["processes"] if protocol in p["addresses"]]
+        return str(addresses[0])
+
+    def jump_to(self, offset_s: float) -> None:
+        """Set the clock of all of the run's processes to the right time and `offset_s`."""
+        with self._clock.open("r+b" if self._clock.exists() else "wb") as file:
+            file.write(struct.pack("d", offset_s))
+
+    def now(self) -> float:
+        """The time as the run's processes have it."""
+        return time.time() + float(struct.unpack("d", self._clock.read_bytes())[0])
+
+    def diagnosis(self) -> Diagnosis:
+        """What `retort doctor` says."""
+        return diagnose(replace(gather(self.directory), now=self.now()))
 
     def pid_of(self, name: str) -> int | None:
         """The present process of a service; None while it has none."""
@@ -87,7 +151,7 @@ class ChaosRun(LaunchedRun):
 
     def redis(self) -> Redis:
         """A client that tells at once when nobody answers."""
-        [address] = [p["addresses"]["redis"] for p in self.status()["processes"] if p["name"] == "redis"]
+        address = self._address("redis")
         if address not in self._clients:
             self._clients[address] = open_redis(f"redis://{address}/0")
         return self._clients[address]
@@ -112,22 +176,28 @@ class ChaosRun(LaunchedRun):
         """What the trainer says it is doing; a fault is booked under it."""
         try:
             return self.view().progress().get("phase", "starting")
-        except (RedisError, FileNotFoundError, ValueError, StopIteration):
+        except NO_ANSWER:
             return "unknown"
 
     def members(self) -> dict[str, Any]:
         try:
             return dict(self.view().members())
-        except (RedisError, FileNotFoundError, ValueError, StopIteration):
+        except NO_ANSWER:
             return {}
 
-    def accepted(self, after: str = "-") -> list[tuple[str, int, str]]:
-        """Trainer calls that Redis accepted: entry id, epoch, name of the call."""
+    def note_accepted(self) -> None:
+        """Gather the trainer calls that Redis accepted since the last time, while it still knows them."""
+        after = f"({next(reversed(self._audited))}" if self._audited else "-"
         try:
             reply: Any = self.redis().xrange(Keys(self.run_id)("audit"), after)
-        except (RedisError, FileNotFoundError, ValueError, StopIteration):
-            return []
-        return [(entry.decode(), int(call[b"epoch"]), call[b"call"].decode()) for entry, call in reply]
+        except NO_ANSWER:
+            return
+        self._audited |= {entry.decode(): int(call[b"epoch"]) for entry, call in reply}
+
+    def accepted_epochs(self) -> list[int]:
+        """Of the trainer calls that Redis accepted, in its order; entry ids begin with milliseconds."""
+        in_order = sorted(self._audited, key=lambda entry: [int(part) for part in entry.split("-")])
+        return [self._audited[entry] for entry in in_order]
 
     def admitted(self, steps: int) -> Counter[str]:
         """The groups that these steps ask for."""

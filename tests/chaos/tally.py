@@ -17,6 +17,8 @@ class Tally:
     """(kind, what the trainer was doing) -> how often."""
     recovered_s: dict[str, list[float]] = field(default_factory=dict)
     accepted_calls: int = 0
+    diagnoses: int = 0
+    wrong_diagnoses: list[str] = field(default_factory=list)
     zombies: Counter[str] = field(default_factory=Counter)
     """Trainers that were replaced while frozen, by what they were doing; each ended fenced."""
     boundaries: int = 0
@@ -25,7 +27,9 @@ class Tally:
     def add(self, chaos: Chaos) -> None:
         self.runs += 1
         self.faults.update((hit.kind, hit.state) for hit in chaos.hits)
-        self.accepted_calls += len(chaos.accepted)
+        self.accepted_calls += len(chaos.run.accepted_epochs())
+        self.diagnoses += chaos.diagnoses
+        self.wrong_diagnoses += chaos.wrong_diagnoses
         for name, seconds in chaos.recovered_s.items():
             self.recovered_s.setdefault(name, []).extend(seconds)
 
@@ -33,6 +37,9 @@ class Tally:
         """The table."""
         yield f"{self.runs} runs with {self.faults.total()} faults, {self.identical} ended with the undisturbed bits"
         yield f"{self.accepted_calls} accepted trainer calls were read back, epochs never fell"
+        wrong = len(self.wrong_diagnoses)
+        yield f"the doctor was asked {self.diagnoses} times who was down, and was wrong {wrong} times"
+        yield from self.wrong_diagnoses
         for kind in sorted({kind for kind, _ in self.faults}):
             states = {state: count for (one, state), count in self.faults.items() if one == kind}
             shown = ", ".join(f"{state} {count}" for state, count in sorted(states.items()))

@@ -1,32 +1,47 @@
 """Random faults, from a seed that is printed. After each run: everything once, the same bits, nothing left."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
+from retort.config import RunConfig
 from tests.chaos.conftest import MakeRun, chaos_seed
 from tests.chaos.faults import WEIGHTS, Chaos
 from tests.chaos.tally import Tally
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(7200)
 STEPS = 24
 FAULTS_PER_RUN = 20
-SHORT_FORM, LONG_FORM = range(1), range(1, 50)
+BESIDE = 4
+"""Runs at the same time: each waits more than it works."""
+SHORT_FORM, LONG_FORM = 4, 56
 
 
-@pytest.mark.parametrize("number", [*SHORT_FORM, *(pytest.param(n, marks=pytest.mark.chaos) for n in LONG_FORM)])
+@pytest.mark.parametrize("runs", [SHORT_FORM, pytest.param(LONG_FORM, marks=pytest.mark.chaos)])
 def test_whatever_happens_the_run_ends_with_the_bits_of_the_undisturbed_one(
-    number: int, chaos_config, make_run: MakeRun, undisturbed, tally: Tally
+    runs: int, chaos_config: Callable[..., RunConfig], make_run: MakeRun, undisturbed, tally: Tally
 ) -> None:
-    config = chaos_config(STEPS, trainer={"ranks": 2 if number % 8 == 7 else 1})
-    expected = undisturbed(config)
-    run = make_run(config, f"run-{number}")
-    chaos = Chaos(run, chaos_seed() * 1000 + number)
-    run.start()
-    chaos.do(FAULTS_PER_RUN, WEIGHTS)
-    assert chaos.finish() == 0, run.tails()
-    tally.add(chaos)
-    run.check_exactly_once()
-    assert run.results() == expected
-    epochs = chaos.accepted_epochs()
-    assert epochs == sorted(epochs)
-    assert not any(run.leftovers().values())
-    tally.identical += 1
+    configs = [chaos_config(STEPS, trainer={"ranks": 2 if number % 8 == 7 else 1}) for number in range(runs)]
+    expected = [undisturbed(config) for config in configs]
+
+    def disturbed(number: int) -> int:
+        run = make_run(configs[number], f"run-{number}")
+        chaos = Chaos(run, chaos_seed() * 1000 + number)
+        run.start()
+        chaos.do(FAULTS_PER_RUN, WEIGHTS)
+        assert chaos.finish() == 0, run.tails()
+        tally.add(chaos)
+        run.check_exactly_once()
+        assert run.results() == expected[number], f"run {number}"
+        epochs = run.accepted_epochs()
+        assert epochs == sorted(epochs)
+        assert chaos.wrong_diagnoses == []
+        assert not any(run.leftovers().values())
+        run.close()
+        tally.identical += 1
+        return len(chaos.hits)
+
+    with ThreadPoolExecutor(BESIDE) as pool:
+        faults = sum(pool.map(disturbed, range(runs)))
+    assert faults >= 15 * runs, "most runs ended before their plan did"
