@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.trainer.attention import Layout
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -23,7 +21,8 @@ class MicroBatch:
     """[1, T]"""
     position_ids: Tensor
     """[1, T] counted from 0 within each sequence."""
-    layout: Layout
+    sequence_lengths: list[int]
+    """[S] tokens of each sequence; they add up to T."""
     predicting: Tensor
     """[N] position whose output predicts the completion token; for the first that is the last token of the prompt."""
     targets: Tensor
@@ -80,7 +79,7 @@ def pack(
         rows=rows,
         input_ids=torch.tensor([[token for sequence in sequences for token in sequence]], device=device),
         position_ids=torch.tensor([[position for length in lengths for position in range(length)]], device=device),
-        layout=Layout.of(lengths, device),
+        sequence_lengths=lengths,
         predicting=torch.tensor(predicting, dtype=torch.long, device=device),
         targets=torch.tensor([token for row in rows for token in completions[row]], dtype=torch.long, device=device),
     )

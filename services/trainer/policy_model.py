@@ -34,7 +34,10 @@ class PolicyModel(nn.Module):
 
     def forward(self, batch: MicroBatch, temperature: float) -> TokenScores:
         hidden = self.language_model.model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            sequence_lengths=batch.sequence_lengths,
+            use_cache=False,
         ).last_hidden_state[0]
         head = self.language_model.lm_head.weight
         if not batch.rows:

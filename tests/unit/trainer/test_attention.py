@@ -22,8 +22,12 @@ def a_row(lengths: Sequence[int]) -> tuple[MicroBatch, list[list[int]]]:
 
 
 def packed_hidden_states(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
-    out = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False)
-    return out.last_hidden_state[0]
+    return model.model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        sequence_lengths=batch.sequence_lengths,
+        use_cache=False,
+    ).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -43,7 +47,10 @@ def test_a_token_depends_on_no_other_sequence_and_on_no_later_token() -> None:
     batch, _ = a_row([4, 3])
     embeddings = model.model.embed_tokens(batch.input_ids).detach().requires_grad_()
     hidden = model.model(
-        inputs_embeds=embeddings, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
+        inputs_embeds=embeddings,
+        position_ids=batch.position_ids,
+        sequence_lengths=batch.sequence_lengths,
+        use_cache=False,
     ).last_hidden_state[0]
     hidden[5].square().sum().backward()  # the second token of the second sequence
     assert embeddings.grad is not None

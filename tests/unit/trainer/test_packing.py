@@ -1,6 +1,3 @@
-from collections.abc import Sequence
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +52,7 @@ def test_sequences_lie_one_after_the_other_with_positions_from_zero() -> None:
     batch = packed(0, 1)
     assert batch.input_ids.tolist() == [[1, 2, 7, 8, 9, 3, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.sequence_lengths == [5, 2]
 
 
 def test_each_completion_token_is_predicted_by_the_one_before_and_the_first_by_the_prompt() -> None:
@@ -80,12 +78,3 @@ def test_a_pass_without_rows_has_one_token_to_run_on_and_none_to_predict() -> No
     batch = packed()
     assert batch.input_ids.tolist() == [[0]]
     assert (batch.predicting.tolist(), batch.targets.tolist()) == ([], [])
-
-
-@pytest.mark.parametrize("lengths", [[3], [3, 1], [1, 1, 1], [2, 5, 1]])
-def test_the_layout_takes_tokens_side_by_side_and_back(lengths: Sequence[int]) -> None:
-    batch = pack(list(range(len(lengths))), [[1]] * len(lengths), [[2] * (n - 1) for n in lengths], CPU)
-    tokens = torch.arange(sum(lengths))
-    side_by_side = tokens[batch.layout.padded]
-    assert side_by_side.shape == (len(lengths), max(lengths))
-    assert torch.equal(side_by_side.flatten()[batch.layout.packed], tokens)
