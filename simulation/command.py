@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from retort.cli.plan import add_assumptions, assumptions
 from retort.cli.plan.figures import Assumptions, best_split, live_completions, token_seconds, training_seconds
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _fleets(
     args: argparse.Namespace, config: RunConfig, shape: ModelShape, given: Assumptions, url: str
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """Fleets of different size with as much work for each replica."""
     for mode in MODES:
         first = 0.0
@@ -88,7 +89,7 @@ def _fleets(
 
 def _splits(
     args: argparse.Namespace, config: RunConfig, shape: ModelShape, given: Assumptions, url: str
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """One step of the run itself, on the split that `retort plan` finds quickest and on its neighbours."""
     each = config.rollout.tensor_parallel
     for gpus in MACHINES:
@@ -126,34 +127,35 @@ def _setup(args: argparse.Namespace, config: RunConfig, shape: ModelShape, given
     )
 
 
-def _values(measured: Measured) -> dict[str, object]:
+def _values(measured: Measured) -> dict[str, Any]:
     step_s = sum(measured.step_s) / len(measured.step_s)
     derived = {"mean_step_s": step_s, "groups_per_s": measured.groups_per_s, "control_share": measured.control_share}
     return dataclasses.asdict(measured) | derived
 
 
-def _fleet_lines(fleets: Sequence[dict[str, object]]) -> Iterator[str]:
+def _fleet_lines(fleets: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"fleets of different size, {GROUPS_PER_REPLICA} groups and {RANKS_PER_REPLICA} trainer ranks a replica"
     yield "  mode      replicas  groups  step, s  groups/s  efficiency  Redis calls  kB a group  control plane"
     for row in fleets:
         yield (
             "  {mode:<8}  {replicas:>8}  {groups:>6}  {mean_step_s:>7.1f}  {groups_per_s:>8.2f}  {efficiency:>10.2f}  "
             "{redis_calls:>11.0f}  {kilobytes:>10.0f}  {control_share:>13.1%}"
-        ).format(**row, kilobytes=float(str(row["redis_bytes"])) / 1e3)
+        ).format(**row, kilobytes=row["redis_bytes"] / 1e3)
 
 
-def _split_lines(splits: Sequence[dict[str, object]]) -> Iterator[str]:
+def _split_lines(splits: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not splits:
         return
     yield "one step of the run itself, predicted"
     yield "  GPUs  mode      sample  train  step, s"
     for gpus in MACHINES:
         rows = [row for row in splits if row["gpus"] == gpus]
-        quickest = min(rows, key=lambda row: float(str(row["mean_step_s"])))
+        quickest = min(rows, key=lambda row: row["mean_step_s"])
         for row in rows:
             mark = "  <- recommended" if row is quickest else ""
-            sampling = gpus - int(str(row["ranks"]))
-            yield f"  {gpus:>4}  {row['mode']:<8}  {sampling:>6}  {row['ranks']:>5}  {float(str(row['mean_step_s'])):>7.1f}{mark}"
+            sampling = gpus - row["ranks"]
+            step_s = row["mean_step_s"]
+            yield f"  {gpus:>4}  {row['mode']:<8}  {sampling:>6}  {row['ranks']:>5}  {step_s:>7.1f}{mark}"
 
 
 def _assumption_lines(args: argparse.Namespace, given: Assumptions) -> Iterator[str]:

@@ -47,6 +47,8 @@ COVERED_BY = {
     "services/reward/serving.py": "tests/integration/test_reward_http.py",
     "services/reward/server.py": "tests/integration/test_reward_service.py",
     "services/rollout/vllm_plugin.py": "tests/integration/test_vllm_engine.py",
+    "simulation/command.py": "tests/integration/test_simulation.py",
+    "simulation/trainer.py": "tests/integration/test_simulation.py",
     "services/trainer/__main__.py": "tests/e2e/test_run.py",
     "services/trainer/export.py": "tests/e2e/test_run.py",
     "services/trainer/metrics.py": "tests/e2e/test_run.py",
