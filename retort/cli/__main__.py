@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),
     "preflight": ("retort.cli.machine", "is this machine fit for a run? every red line says what to do"),
     "plan": ("retort.cli.plan", "print what a run file amounts to, before anything is started"),
+    "simulate": ("simulation.command", "predict a run file's step time, and how its fleet would scale"),
     "compare": ("retort.cli.compare", "two runs side by side, or a run beside a published one"),
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "score": ("retort.cli.score", "send a file of completions through the reward service"),

@@ -96,7 +96,7 @@ class RolloutQueue:
 
     async def _wait_for_new(self, block_s: float) -> list[tuple[Kind, Entry]]:
         streams: dict[Any, Any] = {self._keys.work(kind): ">" for kind in KINDS}
-        block_ms = max(1, int(min(block_s, LONGEST_BLOCK_S) * 1000))
+        block_ms = int(min(block_s, LONGEST_BLOCK_S) * 1000) or None
         try:
             reply = await self._redis.xreadgroup(CONSUMER_GROUP, self._replica, streams, count=1, block=block_ms)
         except ResponseError as error:

@@ -93,7 +93,7 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
         ]
         log_event("engine_loaded", url=presence.http_url)
         try:
-            await _run(sampler, presence, engine, faces, draining)
+            await run_until_drained(sampler, presence, engine, faces, draining)
         finally:
             # Also when the engine died: what was in hand is others' at once, and no failure of the work.
             await queue.leave()
@@ -103,7 +103,7 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
     await redis.aclose()
 
 
-async def _run(
+async def run_until_drained(
     sampler: Sampler,
     presence: Presence,
     engine: Engine,
@@ -147,10 +147,10 @@ async def _end_with(engine: Engine) -> None:
 def _engine(config: RunConfig, name: str) -> tuple[Engine, Callable[[WeightReceiver], ASGIApp | None]]:
     """The engine, and what it offers to the public. Only the one that is used is imported; either takes seconds."""
     if name == "simulated":
-        from services.rollout.simulated_engine import SimulatedEngine
+        from services.rollout.simulated_model import SimulatedModel
 
         log_event("simulated_engine", logging.WARNING, message="completions are random letters; nothing is learned")
-        return SimulatedEngine(config), lambda _: None
+        return SimulatedModel(config), lambda _: None
     from services.rollout.inference import make_inference
     from services.rollout.vllm_engine import VLLMEngine
 

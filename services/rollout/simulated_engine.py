@@ -1,73 +1,83 @@
-"""A simulated engine, for tests of failures and of scale: `python -m services.rollout --engine simulated`.
+"""A simulated engine, for simulations of scale: it has a model's speed, no weights, and completions without meaning.
 
-It samples nothing. A completion is a function of its seed alone: one of four letters in the format that checker `mcq`
-reads. Its log-probabilities are real, computed by transformers from the weights that were broadcast, and so are its
-digests and its answer to the probe: a version that did not arrive whole is found out as it would be with vLLM.
+`simulated_model` gives it weights. See `services.rollout.engine.Engine`.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from retort.config import RunConfig
 from retort.rollouts import SamplingParameters
-from retort.weight_sync import TransferRequest, WeightManifest, join, receive
+from retort.weight_sync import TransferRequest, WeightManifest
 from services.rollout.engine import Sampled
+from services.rollout.engine_steps import EngineSteps, TokenTime
 
-LETTERS = "ABCD"
-LONGEST_S = 0.05
-"""Completions take up to so long, by their seed, and therefore end in an order of their own."""
+TOKEN, LOGPROB = 100_000, -0.5
+"""What every completion consists of: as many bytes in a message as a token of a large vocabulary and its log-prob."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of completions: log-normal, cut at the longest allowed."""
+
+    mean: float
+    """Of the distribution before the cut, in tokens."""
+    sigma: float
+    """Standard deviation of the logarithm; 0: all have the mean."""
+
+    def of(self, seed: int, longest: int) -> int:
+        """The length that a completion's seed stands for: its quantile is seed / 2**63."""
+        # 52 of its bits, so that the quantile of the largest seed is not rounded to 1.
+        deviation = self.sigma * NormalDist().inv_cdf(((seed >> 11) + 0.5) / 2**52) if self.sigma else 0.0
+        return max(1, min(longest, round(self.mean * math.exp(deviation - self.sigma**2 / 2))))
 
 
 class SimulatedEngine:
-    """See `services.rollout.engine.Engine`."""
+    """See `services.rollout.engine.Engine`. Time is the event loop's."""
 
     num_workers = 1
 
-    def __init__(self, config: RunConfig) -> None:
-        dtype = getattr(torch, config.model.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self._answers = [
-            [*tokenizer.encode(f"<answer>{letter}</answer>", add_special_tokens=False), tokenizer.eos_token_id]
-            for letter in LETTERS
-        ]
-        self._version = -1
-        self._received: dict[str, Tensor] = {}
-        self._generating = asyncio.Event()
-        self._generating.set()
+    def __init__(self, time: TokenTime, limit: int, lengths: Lengths, transfer_s: float) -> None:
+        """`limit`: how many completions are live at a time. `transfer_s`: what receiving weights takes, in seconds."""
+        self._steps = EngineSteps(time, limit)
+        self._lengths = lengths
+        self._transfer_s = transfer_s
+        self._loads: list[tuple[float, int]] = []
+        """After how many steps which version was loaded."""
 
     async def sample(
         self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
     ) -> Sampled:
-        await asyncio.sleep(LONGEST_S * (seed % 64) / 64)
-        ids = self._answers[seed // 64 % len(LETTERS)][: sampling.max_completion_tokens]
-        await self._generating.wait()
-        # Nothing is awaited from here on, so all tokens are of one version.
-        logprobs = self._logprobs([*prompt_ids, *ids], sampling.temperature)[-len(ids) :]
-        return Sampled(ids, logprobs, [self._version] * len(ids), "stop")
+        longest = sampling.max_completion_tokens
+        tokens = self._lengths.of(seed, longest)
+        began = await self._steps.run(tokens)
+        versions, end = [-1] * tokens, tokens
+        for loaded, version in reversed(self._loads):
+            first = min(end, max(0, math.ceil(loaded - began)))
+            versions[first:end] = [version] * (end - first)
+            end = first
+            if not end:
+                break
+        return Sampled([TOKEN] * tokens, [LOGPROB] * tokens, versions, "length" if tokens == longest else "stop")
 
     async def prepare(self) -> None:
-        self._generating.clear()
+        self._steps.pause()
 
     async def receive(self, request: TransferRequest, manifest: WeightManifest) -> list[list[int]]:
-        return [await asyncio.to_thread(self._receive, request, manifest)]
+        await asyncio.sleep(self._transfer_s)
+        return [[]]
 
     async def load(self, version: int) -> None:
-        with torch.no_grad():
-            for name, tensor in self._received.items():
-                self._model.get_parameter(name).copy_(tensor)
-        self._version, self._received = version, {}
-        self._generating.set()
+        self._loads.append((self._steps.done, version))
+        self._steps.resume()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
-        return self._logprobs(prompt_ids, 1.0)
+        return [LOGPROB] * (len(prompt_ids) - 1)
 
     async def abandon(self) -> None:
-        self._received = {}
+        """Nothing was received."""
 
     async def wait_until_dead(self) -> None:
         """It lives in this process, and cannot die alone."""
@@ -75,17 +85,3 @@ class SimulatedEngine:
 
     def shutdown(self) -> None:
         """Nothing was started."""
-
-    def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
-        digests = []
-        for tensors, digest in receive(join(request), manifest, torch.device("cpu"), request.deadline_s):
-            self._received |= dict(tensors)
-            digests.append(digest)
-        return digests
-
-    @torch.no_grad()
-    def _logprobs(self, ids: Sequence[int], temperature: float) -> list[float]:
-        """Of every token but the first."""
-        logits = self._model(torch.tensor([list(ids)])).logits[0, :-1].float() / temperature
-        logprobs: list[float] = logits.log_softmax(-1)[range(len(ids) - 1), list(ids[1:])].tolist()
-        return logprobs

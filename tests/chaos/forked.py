@@ -30,7 +30,7 @@ import retort.cli.__main__
 import retort.cli.launch
 import services.reward.__main__
 import services.rollout.__main__
-import services.rollout.simulated_engine
+import services.rollout.simulated_model
 import services.trainer.__main__
 from retort.cli import processes
 from retort.cli.process_table import plan_programs

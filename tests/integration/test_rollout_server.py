@@ -14,7 +14,7 @@ import uvicorn
 
 from retort.config import ConfigError
 from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
-from services.rollout.__main__ import EngineDied, _run, listen
+from services.rollout.__main__ import EngineDied, listen, run_until_drained
 from services.rollout.app import make_app
 from services.rollout.control import make_control_app
 from services.rollout.presence import Presence
@@ -76,7 +76,7 @@ async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "
     one = Server(engine, receiver, sampler, run.trainer(), url=url)
     presence = Presence("rollout-0", queue, http_url=url, control_url=control_url)
     faces = [(make_app(receiver), listening), (make_control_app(receiver, AUTHORIZATION), control)]
-    running = asyncio.create_task(_run(sampler, presence, engine, faces, one.draining))
+    running = asyncio.create_task(run_until_drained(sampler, presence, engine, faces, one.draining))
     try:
         yield one, running
     finally:

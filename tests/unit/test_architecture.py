@@ -47,6 +47,8 @@ COVERED_BY = {
     "services/reward/serving.py": "tests/integration/test_reward_http.py",
     "services/reward/server.py": "tests/integration/test_reward_service.py",
     "services/rollout/vllm_plugin.py": "tests/integration/test_vllm_engine.py",
+    "simulation/command.py": "tests/integration/test_simulation.py",
+    "simulation/trainer.py": "tests/integration/test_simulation.py",
     "services/trainer/__main__.py": "tests/e2e/test_run.py",
     "services/trainer/export.py": "tests/e2e/test_run.py",
     "services/trainer/metrics.py": "tests/e2e/test_run.py",
@@ -104,6 +106,10 @@ def test_services_do_not_import_the_command_line() -> None:
     assert imports_of(sources("services"), "retort.cli") == {}
 
 
+def test_nobody_imports_the_simulation() -> None:
+    assert imports_of(sources("retort", "services"), "simulation") == {}
+
+
 def test_the_shared_modules_do_not_import_the_command_line() -> None:
     shared = [path for path in sources("retort") if "cli" not in path.relative_to(ROOT).parts]
     assert imports_of(shared, "retort.cli") == {}
@@ -140,14 +146,17 @@ def test_the_reward_service_starts_without_torch(module: str) -> None:
 
 
 def test_no_file_is_long() -> None:
-    lengths = {relative(path): len(path.read_text().splitlines()) for path in sources("retort", "services", "tests")}
+    lengths = {
+        relative(path): len(path.read_text().splitlines())
+        for path in sources("retort", "services", "simulation", "tests")
+    }
     assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
 def test_no_function_is_long() -> None:
     lengths = {
         f"{relative(path)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for path in sources("retort", "services")
+        for path in sources("retort", "services", "simulation")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
@@ -173,7 +182,7 @@ def test_every_module_is_tested_by_name_by_import_or_as_listed() -> None:
     tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     imported = {module for path in (ROOT / "tests").rglob("*.py") for module in imported_modules(path)}
     untested = []
-    for path in sources("retort", "services"):
+    for path in sources("retort", "services", "simulation"):
         *package, name = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(package) if name == "__init__" else ".".join([*package, name])
         is_imported = any(f"{one}.".startswith(f"{module}.") for one in imported)

@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_code_and_what_it_reads_and_nothing_else(dist: Path)
         "services/trainer/train.py",
     ):
         assert needed in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"retort", "services"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"retort", "services", "simulation"}
 
 
 def test_the_sdist_is_there_too(dist: Path) -> None:

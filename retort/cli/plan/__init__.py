@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="run file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument("--json", action="store_true", help="print JSON; sizes in bytes")
+    add_assumptions(parser)
+
+
+def add_assumptions(parser: argparse.ArgumentParser) -> None:
+    """What the run file does not say, as options. `assumptions` reads them."""
     assumed = parser.add_argument_group(
         "assumptions", "by default an H200, at 35 % of its speed and 60 % of its bandwidth"
     )
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Raises ConfigError when run file, model or assumptions are of no use."""
     config = load_config(args.config, args.set)
-    given = _assumptions(args, config)
+    given = assumptions(args, config)
     plan = list(figures(config, read_shape(config.model.path), given))
     if args.json:
         print(json.dumps({"assumptions": dataclasses.asdict(given), "figures": [dataclasses.asdict(f) for f in plan]}))
@@ -51,7 +56,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _assumptions(args: argparse.Namespace, config: RunConfig) -> Assumptions:
+def assumptions(args: argparse.Namespace, config: RunConfig) -> Assumptions:
+    """Raises ConfigError for a number that is not above 0."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     for name, value in given.items():
         if value <= 0:

@@ -159,12 +159,22 @@ def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *
 def sampling_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, replicas: int) -> float:
     """Of one step: every new token of the live completions reads the weights and their caches once, half full."""
     share = _completions(config) / replicas
-    gpus = config.rollout.tensor_parallel
-    room = gpus * cache_bytes(config, shape, given) / cache_bytes_per_token(config, shape)
-    live = min(_concurrent(config), share, room / (given.prompt_tokens + given.completion_tokens))
+    live = min(share, live_completions(config, shape, given))
+    fixed, per_completion = token_seconds(config, shape, given)
+    return share * given.completion_tokens / live * (fixed + live * per_completion)
+
+
+def live_completions(config: RunConfig, shape: ModelShape, given: Assumptions) -> float:
+    """How many completions one replica samples at a time: as many as it may, or as its cache has room for."""
+    room = config.rollout.tensor_parallel * cache_bytes(config, shape, given) / cache_bytes_per_token(config, shape)
+    return min(_concurrent(config), room / (given.prompt_tokens + given.completion_tokens))
+
+
+def token_seconds(config: RunConfig, shape: ModelShape, given: Assumptions) -> tuple[float, float]:
+    """Of one engine step: to read the weights, and to read the cache, half full, of each live completion."""
+    bandwidth = config.rollout.tensor_parallel * given.bandwidth * 1e12
     context = given.prompt_tokens + given.completion_tokens / 2
-    reading = _weight_bytes(config, shape) + live * context * cache_bytes_per_token(config, shape)
-    return share * given.completion_tokens / live * reading / (gpus * given.bandwidth * 1e12)
+    return _weight_bytes(config, shape) / bandwidth, context * cache_bytes_per_token(config, shape) / bandwidth
 
 
 def step_seconds(config: RunConfig, sampling: float, training: float) -> float:

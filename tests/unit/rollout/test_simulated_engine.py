@@ -1,48 +1,31 @@
 import asyncio
 
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from retort.rollouts import SamplingParameters
-from services.rollout.simulated_engine import SimulatedEngine
-from tests.training import a_config
+from services.rollout.engine_steps import TokenTime
+from services.rollout.simulated_engine import Lengths, SimulatedEngine
+from tests.unit.rollout.test_engine_steps import in_virtual_time
 
-SAMPLING = SamplingParameters(temperature=2.0, top_p=1.0, max_completion_tokens=40)
-PROMPT = [5, 6, 7]
-
-
-@pytest.fixture(scope="module")
-def engine() -> SimulatedEngine:
-    return SimulatedEngine(a_config())
+SAMPLING = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=8)
 
 
-def test_the_seed_alone_decides_the_completion(engine: SimulatedEngine) -> None:
-    async def sample() -> list[str]:
-        seeds = [0, 64, 128, 192, 256, 64 + 63]
-        sampled = [await engine.sample(PROMPT, SAMPLING, seed, urgent=True) for seed in seeds]
-        tokenizer = AutoTokenizer.from_pretrained("models/tiny")
-        return [tokenizer.decode(one.completion_ids, skip_special_tokens=True) for one in sampled]
-
-    assert asyncio.run(sample()) == [f"<answer>{letter}</answer>" for letter in "ABCDAB"]
-
-
-def test_its_log_probs_are_those_of_the_model_at_the_sampling_temperature(engine: SimulatedEngine) -> None:
-    sampled = asyncio.run(engine.sample(PROMPT, SAMPLING, 64, urgent=True))
-    ids = [*PROMPT, *sampled.completion_ids]
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained("models/tiny")(torch.tensor([ids])).logits[0] / 2.0
-    expected = [float(logits[place - 1].log_softmax(-1)[ids[place]]) for place in range(len(PROMPT), len(ids))]
-    assert sampled.logprobs == pytest.approx(expected, abs=1e-6)
+def test_a_seed_is_a_quantile_of_the_lengths() -> None:
+    lengths = Lengths(mean=1000, sigma=0.8)
+    median = 2**62
+    assert lengths.of(median, 8192) == 726  # 1000 * exp(-0.32)
+    assert lengths.of(2**63 - 1, 8192) == 8192
+    assert lengths.of(0, 8192) == 1
+    assert Lengths(mean=5, sigma=0.0).of(123, 8192) == 5
 
 
-def test_between_prepare_and_load_nothing_is_sampled(engine: SimulatedEngine) -> None:
-    async def sample_over_an_update() -> list[int]:
+def test_a_completion_says_which_version_sampled_each_token() -> None:
+    async def story() -> tuple[list[int], str]:
+        engine = SimulatedEngine(TokenTime(1.0, 0.0), 4, Lengths(8, 0.0), transfer_s=0.0)
+        await engine.load(0)
+        sampling = asyncio.create_task(engine.sample([1], SAMPLING, 0, urgent=True))
+        await asyncio.sleep(3.0)
         await engine.prepare()
-        sampling = asyncio.create_task(engine.sample(PROMPT, SAMPLING, 0, urgent=True))
-        await asyncio.sleep(0.1)
-        assert not sampling.done()
-        await engine.load(7)
-        return (await sampling).policy_versions
+        await engine.load(1)
+        sampled = await sampling
+        return sampled.policy_versions, sampled.finish_reason
 
-    assert set(asyncio.run(sample_over_an_update())) == {7}
+    assert in_virtual_time(story()) == ([0, 0, 0, 1, 1, 1, 1, 1], "length")

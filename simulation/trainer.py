@@ -1,0 +1,121 @@
+"""The trainer in virtual time: its own admission, reader and weight sender, with training that only takes its time."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import httpx
+from redis import Redis
+
+from retort.config import WeightSyncConfig
+from retort.questions import Question
+from retort.queues import Kind, Member, TrainerQueue
+from retort.rollouts import Message, RolloutGroup, WorkItem
+from retort.weight_sync import Snapshot, TransferRequest, WeightManifest
+from services.trainer.admission import WorkList
+from services.trainer.journal import Journal
+from services.trainer.steps import Rank0Steps
+from services.trainer.weight_sender import Probe, WeightSender
+from simulation.fleet import Fleet
+
+Reply = TypeVar("Reply", bound=Message)
+EPOCH = 1
+
+
+class VirtualTrainerQueue(TrainerQueue):
+    """The queue itself, whose wait for groups is a virtual one."""
+
+    def __init__(self, redis: Redis, fleet: Fleet) -> None:
+        super().__init__(redis, fleet.run, EPOCH)
+        self._fleet = fleet
+
+    def issue(self, items: Sequence[WorkItem]) -> Any:
+        found = super().issue(items)
+        self._fleet.loop.call_soon_threadsafe(self._fleet.work.wake, found.count("new"))
+        return found
+
+    def read_groups(self, kind: Kind, cursor: str, block_s: float, limit: int) -> list[tuple[str, RolloutGroup]]:
+        if found := super().read_groups(kind, cursor, 0.0, limit):
+            return found
+        self._fleet.loop.wait(self._fleet.groups.wait(block_s))
+        return super().read_groups(kind, cursor, 0.0, limit)
+
+
+class InProcessSender(WeightSender):
+    """The sender itself, whose calls reach the replicas of this process. Nothing is broadcast."""
+
+    def __init__(self, queue: TrainerQueue, fleet: Fleet) -> None:
+        super().__init__(queue, WeightSyncConfig(), epoch=EPOCH, backend="gloo", authorization="")
+        self._fleet = fleet
+
+    async def _ask(
+        self,
+        http: httpx.AsyncClient,
+        phase: str,
+        requests: Sequence[tuple[Member, Message]],
+        reply_type: type[Reply],
+    ) -> list[tuple[Member, Reply]]:
+        answers = self._fleet.loop.wait(
+            self._fleet.answers(phase, [(member.name, request) for member, request in requests])
+        )
+        succeeded = []
+        for (member, _), answer in zip(requests, answers, strict=True):
+            if isinstance(answer, reply_type):
+                succeeded.append((member, answer))
+            else:
+                self._evict(member, phase, "nobody answers")
+        return succeeded
+
+    def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
+        """The replicas' engines take the time of it."""
+
+
+class SimulatedTrainer:
+    """Runs the steps in a thread of its own, as it would wait in a process of its own."""
+
+    def __init__(self, redis: Redis, fleet: Fleet, num_steps: int) -> None:
+        config = fleet.setup.config
+        self._fleet, self._num_steps = fleet, num_steps
+        queue = VirtualTrainerQueue(redis, fleet)
+        queue.open()
+        self._sender = InProcessSender(queue, fleet)
+        prompt = [1] * fleet.setup.prompt_tokens
+        questions = [
+            Question(index=index, messages=[], answer="A", data_source="simulated")
+            for index in range(num_steps * config.trainer.groups_per_step)
+        ]
+        assemble: Callable[[int, list[RolloutGroup]], Any] = lambda _, groups: groups  # noqa: E731
+        self._steps = Rank0Steps(
+            assemble,
+            config,
+            work=WorkList(config, questions, [], encode=lambda _: prompt),
+            queue=queue,
+            sender=self._sender,
+            journal=Journal(),
+            stop_requested=lambda: False,
+        )
+        self.step_s: list[float] = []
+        self.trained: list[str] = []
+        self.tokens = 0
+        self.cpu_s = 0.0
+
+    def run(self) -> None:
+        config, loop = self._fleet.setup.config, self._fleet.loop
+        self._publish(0)
+        for step in range(1, self._num_steps + 1):
+            began = loop.now
+            groups: Any
+            for groups in self._steps.take(step):
+                self.trained += [group.group_id for group in groups]
+                self.tokens += sum(len(one.completion_ids) for group in groups for one in group.rollouts)
+                share = len(groups) / config.trainer.groups_per_step
+                loop.wait(asyncio.sleep(share * self._fleet.setup.training_s))
+            self._publish(step)
+            self._steps.release(step)
+            self.step_s.append(loop.now - began)
+        self.cpu_s = time.thread_time()
+
+    def _publish(self, version: int) -> None:
+        self._sender.publish(Snapshot(version, WeightManifest(buckets=[]), [], []), Probe([], []))
+        self._sender.sync()

@@ -1,0 +1,97 @@
+"""An event loop whose time jumps to the next timer, but stands still while real work is being done.
+
+Whoever calls a real Redis holds the time meanwhile. What waits for a timer alone (engines, training, leases) takes no
+real time, and what is calculated or asked of Redis takes no virtual time; it is measured, and reported beside it.
+"""
+
+import asyncio
+import selectors
+import threading
+from collections import deque
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+REAL_WORK_S = 120.0
+"""Longest time, in real seconds, in which a real call must be answered or a thread must come back."""
+
+
+class _Selector(selectors.DefaultSelector):
+    """Asked to wait for a timer, it looks whether anything else has come, and lets the time jump if not."""
+
+    loop: "VirtualTimeLoop"
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events = super().select(0)
+        if events or (timeout is not None and timeout <= 0):
+            return events
+        if timeout is None or self.loop.is_held:
+            events = super().select(REAL_WORK_S)
+            if not events:
+                raise TimeoutError(f"nothing has come within {REAL_WORK_S:g} s of real time, and no timer is left")
+            return events
+        self.loop.now += timeout
+        return []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """`now` is its time in virtual seconds, from 0."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._holders = 0
+        selector = _Selector()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+    @property
+    def is_held(self) -> bool:
+        return self._holders > 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block, real work is done: no timer fires."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """For the one thread that holds the time: let it go on until `work` is done in the loop."""
+        assert threading.current_thread() is not threading.main_thread(), "the loop would wait for itself"
+
+        async def released() -> T:
+            self._holders -= 1
+            try:
+                return await work
+            finally:
+                self._holders += 1
+
+        return asyncio.run_coroutine_threadsafe(released(), self).result()
+
+
+class Waiters:
+    """Those who wait for something to come, woken in the order in which they came, as Redis wakes blocked clients."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until woken, `timeout_s` at most."""
+        woken = asyncio.get_running_loop().create_future()
+        self._waiting.append(woken)
+        await asyncio.wait([woken], timeout=timeout_s)
+        if not woken.done():
+            woken.cancel()
+
+    def wake(self, count: int) -> None:
+        while count and self._waiting:
+            woken = self._waiting.popleft()
+            if not woken.done():
+                woken.set_result(None)
+                count -= 1

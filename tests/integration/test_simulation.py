@@ -1,0 +1,78 @@
+"""A simulated fleet with the services' own control plane and a real server; its times can be worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retort.cli.__main__ import main
+from retort.config import load_config
+from services.rollout.engine_steps import TokenTime
+from services.rollout.simulated_engine import Lengths
+from simulation.run import simulate
+from simulation.setup import Setup
+
+REFERENCE = Path(__file__).parents[2] / "configs" / "qwen3-4b-sciknoweval.toml"
+
+
+def a_setup(replicas: int, order: str) -> Setup:
+    """Four groups of two completions of 100 tokens at 10 ms, one group at a time; 2 s of training, 0.5 s of sync."""
+    overrides = [
+        f"rollout.replicas={replicas}",
+        "rollout.concurrent_groups=1",
+        f"trainer.update_order={order}",
+        "trainer.groups_per_step=4",
+        "trainer.groups_per_update=2",
+        "trainer.group_size=2",
+    ]
+    return Setup(
+        config=load_config(REFERENCE, overrides, env={}),
+        token_time=TokenTime(0.01, 0.0),
+        live_completions=16,
+        lengths=Lengths(100, 0.0),
+        prompt_tokens=1,
+        training_s=2.0,
+        transfer_s=0.5,
+        reward_s=0.0,
+        restart_s=3.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("order", "expected_s"),
+    [
+        # Groups come after 1, 2, 3 and 4 s; then training, then the sync.
+        ("group", 4 + 2 + 0.5),
+        # The first update, of 1 s, is made while the last groups are sampled.
+        ("arrival", 4 + 1 + 0.5),
+    ],
+)
+def test_a_step_takes_what_sampling_training_and_sync_take(redis_url: str, order: str, expected_s: float) -> None:
+    measured = simulate(a_setup(1, order), 2, redis_url)
+    # The first step waits for the first weights besides.
+    assert measured.step_s == pytest.approx([0.5 + expected_s, expected_s], abs=0.01)
+    assert (measured.groups, measured.tokens) == (8, 8 * 2 * 100)
+
+
+def test_two_replicas_sample_in_half_the_time(redis_url: str) -> None:
+    assert simulate(a_setup(2, "group"), 2, redis_url).step_s[1] == pytest.approx(2 + 2 + 0.5, abs=0.01)
+
+
+def test_a_replica_that_dies_costs_its_lease_and_no_group(redis_url: str) -> None:
+    setup = replace(a_setup(2, "group"), deaths=1, death_every_s=1.6)  # in its second group, of four
+    measured = simulate(setup, 2, redis_url)
+    assert measured.groups == 8
+    lease_s = setup.config.rollout.lease_s
+    # Sampled anew by whoever looks first, at most 2 s after the lease ran out.
+    assert 1.5 + lease_s <= measured.step_s[0] <= 1.6 + lease_s + 2 + 1 + 2 + 1
+
+
+def test_the_command_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(REFERENCE), "--replicas", "1", "--groups", "8", "--no-prediction", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(row["mode"], row["replicas"], row["efficiency"]) for row in printed["fleets"]] == [
+        ("barrier", 1, 1.0),
+        ("streamed", 1, 1.0),
+    ]
+    assert printed["assumptions"]["tflops"] == 350
