@@ -134,7 +134,8 @@ def aggregation_weights(
     lengths = lengths.double()
     if aggregation == "sequence_mean":
         return 1 / (num_sequences * lengths.clamp(min=1))
-    return torch.full_like(lengths, 1 / (num_tokens if aggregation == "token_mean" else num_sequences * horizon))
+    divisor = max(1, num_tokens) if aggregation == "token_mean" else num_sequences * horizon
+    return torch.full_like(lengths, 1 / divisor)
 
 
 def loss_metrics(statistics: Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.trainer.loss import (
+    Aggregation,
     PolicyLoss,
     TokenWeights,
     aggregation_weights,
@@ -111,6 +112,13 @@ def test_the_aggregations_of_completions_of_one_three_and_no_tokens() -> None:
     assert aggregation_weights("sequence_mean", lengths, **counts).tolist()[:2] == pytest.approx([1 / 3, 1 / 9])
     assert aggregation_weights("token_mean", lengths, **counts).tolist() == [0.25] * 3
     assert aggregation_weights("horizon", lengths, **counts).tolist() == pytest.approx([1 / 30] * 3)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "horizon"])
+def test_an_update_of_empty_completions_has_a_loss_of_0(aggregation: Aggregation) -> None:
+    weights = aggregation_weights(aggregation, torch.tensor([0, 0]), num_sequences=2, num_tokens=0, horizon=10)
+    assert weights.isfinite().all()
+    assert weights.repeat_interleave(torch.tensor([0, 0])).sum() == 0
 
 
 @dataclass(frozen=True)
