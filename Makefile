@@ -22,8 +22,8 @@ setup: .venv/ready  ## make .venv with everything the project needs (3.5 minutes
 demo: setup  ## train the tiny model on chemistry questions (3.5 to 4 minutes, about 7.5 with the set-up)
 	$(BIN)/retort run configs/tiny-cpu.toml
 
-test: setup check  ## every check and every test, real services included
-	$(BIN)/pytest
+test: setup check  ## every check and every test, real services included; two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-unit: setup  ## the tests that need seconds
 	$(BIN)/pytest tests/unit

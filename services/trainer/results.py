@@ -18,7 +18,7 @@ class Results:
         n = samples
         self._logged = {f"avg@{n}": f"mean@{n}", f"best@{n}": f"best@{n}/mean", f"maj@{n}": f"maj@{n}/mean"}
         self.names = list(self._logged)
-        self.last_step: int = self._lines[-1]["step"] if self._lines else 0
+        self.last_step = int(self._lines[-1]["step"]) if self._lines else 0
         self.curves = {name: curve for name in self.names if (curve := self._curve(name))}
 
     def at(self, step: int) -> list[float | None]:
@@ -27,14 +27,14 @@ class Results:
 
     def validations(self) -> list[tuple[int, list[float | None], float | None]]:
         """(step, its validation metrics, its training score) of every step that was validated."""
-        scores = {line["step"]: line.get("critic/score/mean") for line in self._lines}
+        scores = {int(line["step"]): line.get("critic/score/mean") for line in self._lines}
         return [(step, self.at(step), scores[step]) for step, _ in self.curves.get(self.names[0], [])]
 
     def summary(self) -> list[tuple[str, float, int]]:
         """(name, value, step): the final training score, and of every metric the untrained, final and peak value."""
         last = self._lines[-1] if self._lines else {}
         names = ("critic/score/mean", "critic/rewards/mean")
-        rows = [(f"Final {name}", last[name], last["step"]) for name in names if name in last]
+        rows = [(f"Final {name}", last[name], int(last["step"])) for name in names if name in last]
         for name, curve in self.curves.items():
             untrained = [(step, value) for step, value in curve if step == 0]
             trained = [(step, value) for step, value in curve if step > 0]
@@ -44,7 +44,7 @@ class Results:
         return rows
 
     def _curve(self, name: str) -> Curve:
-        values = [(line["step"], self._over_all_questions(line, name)) for line in self._lines]
+        values = [(int(line["step"]), self._over_all_questions(line, name)) for line in self._lines]
         return [(step, value) for step, value in values if value is not None]
 
     def _over_all_questions(self, line: Metrics, name: str) -> float | None:

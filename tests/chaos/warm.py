@@ -51,7 +51,8 @@ def _train_one_step(config: RunConfig) -> None:
     teacher = Teacher(policy)
     groups = [a_group(a_rollout(), a_rollout(reward=0.0), group_id=f"0-00000{number}") for number in range(4)]
     batch = a_batch(groups, [1.0, -1.0] * 4, [[1, 2, 3, 4], None] * 4)
-    learn(config, policy, teacher, None, batch, Guards(config.trainer), Journal())
+    journal = Journal()
+    learn(config, policy, teacher, None, batch, Guards(config.trainer, journal.keep_step), journal)
     teacher.follow(policy, rate=0.1, finite_updates=1)
     policy.score_prompt([1, 2, 3])
     for _ in policy.full_tensors():
