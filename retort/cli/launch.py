@@ -90,6 +90,8 @@ class LocalRun:
     def start(self, programs: list[Program]) -> Outcome | None:
         """Start Redis, then everything else at once. Returns an outcome if Redis did not come up."""
         self._screen.say(f"run {self._config.name} in {self._config.directory}")
+        # Until then the file speaks of a launcher that has ended.
+        self._write_status(Sighting(), "starting", exit_code=None)
         for program in programs:
             if program.name == "redis":
                 self._supervisor.add(program)

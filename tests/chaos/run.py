@@ -143,9 +143,12 @@ class ChaosRun(LaunchedRun):
         return diagnose(replace(gather(self.directory), now=self.now()))
 
     def pid_of(self, name: str) -> int | None:
-        """The present process of a service; None while it has none."""
+        """The present process of a service; None while it has none, or while only an earlier launcher has written."""
         try:
-            return next((p["pid"] for p in self.status()["processes"] if p["name"] == name), None)
+            status = self.status()
+            if status["launcher"]["pid"] != self.launcher.pid:
+                return None
+            return next((p["pid"] for p in status["processes"] if p["name"] == name), None)
         except FileNotFoundError:
             return None
 
