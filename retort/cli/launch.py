@@ -14,7 +14,6 @@ from retort.cli.doctor import diagnose, gather
 from retort.cli.interrupts import Interrupts
 from retort.cli.invocation import command
 from retort.cli.liveness import identity
-from retort.cli.metrics_tail import accuracy, is_validation
 from retort.cli.panel import STOPPING, Screen, clock, step_line, validation_line
 from retort.cli.preflight import is_listening
 from retort.cli.process_table import answers, open_redis, plan_programs
@@ -23,6 +22,7 @@ from retort.cli.run_directory import open_run_directory
 from retort.cli.status import write_status
 from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, what_a_stop_does, who_waits
 from retort.config import ConfigError, RunConfig
+from retort.metrics_file import accuracy, is_validation
 from retort.queues import clear_stop, request_stop
 
 Plan = Callable[[RunConfig, Path], tuple[str, list[Program]]]

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from retort.cli.metrics_tail import Metrics
 from retort.cli.terminal import silent_control_keys
+from retort.metrics_file import Metrics
 
 WIDTH = 100
 """Of the panel, in columns, where the terminal is no narrower."""

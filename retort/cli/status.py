@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from retort.cli.invocation import command
 from retort.cli.liveness import is_gone
-from retort.cli.metrics_tail import MetricsTail
 from retort.cli.panel import clock
 from retort.config import ConfigError, load_config
+from retort.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -164,7 +164,7 @@ def result_lines(directory: Path, status: Mapping[str, Any]) -> list[str]:
         return []
     lines = []
     samples = load_config(directory / "config.toml", env={}).validation.samples
-    metrics = MetricsTail(directory / "metrics.jsonl")
+    metrics = MetricsFile(directory / "metrics.jsonl")
     metrics.read()
     if accuracy := metrics.accuracy(samples):
         (first, before), (last, after) = accuracy[0], accuracy[-1]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from redis import Redis
 from redis.exceptions import RedisError
 
-from retort.cli.metrics_tail import Metrics, MetricsTail
 from retort.cli.panel import View
 from retort.cli.processes import Child
 from retort.config import RunConfig
+from retort.metrics_file import Metrics, MetricsFile
 from retort.queues import Member, RunView
 
 
@@ -42,7 +42,7 @@ class RunWatch:
         self._redis = RunView(redis, config.key_prefix)
         self._since = time.time()
         self._last = Sighting()
-        self.metrics = MetricsTail(config.directory / "metrics.jsonl")
+        self.metrics = MetricsFile(config.directory / "metrics.jsonl")
         self.metrics.read()  # what an earlier launch wrote is known, not new
 
     def look(self) -> Sighting:

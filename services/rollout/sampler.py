@@ -10,7 +10,7 @@ from typing import Protocol
 
 from retort.queues import Lease, RolloutQueue
 from retort.rollouts import Rollout, RolloutGroup, WorkItem
-from retort.telemetry import log_event
+from retort.telemetry import log_event, log_with
 from services.rollout import metrics
 from services.rollout.engine import Engine, Sampled
 from services.rollout.reward_client import (
@@ -83,6 +83,7 @@ class Sampler:
                 await self.queue.renew(list(self.in_hand.values()))
 
     async def _work(self, lease: Lease) -> None:
+        log_with(group=lease.item.group_id, step=lease.item.step)
         try:
             oldest, newest = lease.item.min_policy_version, lease.item.max_policy_version
             if not await self.receiver.wait_until_serving(oldest, self.lease_s, newest):
@@ -97,15 +98,15 @@ class Sampler:
             (metrics.GROUPS if outcome == "stored" else metrics.DUPLICATE_GROUPS).inc()
             self.groups_finished, self.last_finished = self.groups_finished + 1, time.time()
         except UnscorableError as error:
-            log_event("group_unscorable", logging.WARNING, group=lease.item.group_id, reason=error)
+            log_event("group_unscorable", logging.WARNING, reason=error)
             # The same seeds would give the same completions and the same verdict: nobody else would fare better.
             await self.queue.bury(lease, str(error))
         except RewardServiceDownError as error:
-            log_event("group_given_back", logging.WARNING, group=lease.item.group_id, reason=error)
+            log_event("group_given_back", logging.WARNING, reason=error)
             metrics.GIVEN_BACK_GROUPS.inc()
             await self.queue.give_back(lease)
         except RewardServiceError as error:
-            log_event("group_refused", logging.WARNING, group=lease.item.group_id, reason=error)
+            log_event("group_refused", logging.WARNING, reason=error)
             if lease.deliveries >= self.max_deliveries:
                 await self.queue.bury(lease, str(error))
             # Otherwise the lease runs out, which counts as a failure and keeps a refusal from being repeated at once.

@@ -1,9 +1,9 @@
 """How a run went, from its metrics.jsonl: what the model card puts into its tables and its curve."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from retort.metrics_file import Metrics, read_metrics
 
 Curve = list[tuple[int, float]]
 
@@ -13,12 +13,7 @@ class Results:
 
     def __init__(self, metrics_file: Path, questions_by_source: Mapping[str, int], samples: int) -> None:
         """`samples` is n; a file that is not there is a run without results."""
-        text = metrics_file.read_text() if metrics_file.exists() else ""
-        by_step: dict[int, dict[str, Any]] = {}
-        for line in map(json.loads, text.splitlines()):
-            # The validation of a step may stand on a line of its own.
-            by_step[line["step"]] = by_step.get(line["step"], {}) | line
-        self._lines = [by_step[step] for step in sorted(by_step)]
+        self._lines = read_metrics(metrics_file)
         self._questions = questions_by_source
         n = samples
         self._logged = {f"avg@{n}": f"mean@{n}", f"best@{n}": f"best@{n}/mean", f"maj@{n}": f"maj@{n}/mean"}
@@ -52,7 +47,7 @@ class Results:
         values = [(line["step"], self._over_all_questions(line, name)) for line in self._lines]
         return [(step, value) for step, value in values if value is not None]
 
-    def _over_all_questions(self, line: Mapping[str, Any], name: str) -> float | None:
+    def _over_all_questions(self, line: Metrics, name: str) -> float | None:
         """Each metric is a mean over the questions of a data source, so sources count by their questions."""
         total = 0.0
         for source, count in self._questions.items():

@@ -1,7 +1,6 @@
 """Read what a run left behind, however far it came: every file may be missing, and a last line half written."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import msgspec
 
 from retort.cli.invocation import command
 from retort.config import ConfigError, RunConfig, load_config
+from retort.metrics_file import read_metrics
 
 QUESTIONS_SHOWN = 6
 """Of a validation; of a training step as many as the page has room for."""
@@ -141,7 +141,7 @@ def read_run(directory: Path) -> Run:
         directory=directory,
         config=_config(config_file),
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else "",
-        metrics=_metrics(directory / "metrics.jsonl"),
+        metrics=read_metrics(directory / "metrics.jsonl"),
         spans=[*_parsed(directory / "timeline.jsonl", Span)],
         status=read_run_status(directory),
         training=[TrainingStep(step, _informative_groups(file)) for step, file in _ends(rollout_files)],
@@ -163,20 +163,6 @@ def read_run_status(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
-
-
-def _metrics(path: Path) -> list[dict[str, float]]:
-    """A step's validation may stand on a later line. What a resumed run logged again counts as it was logged last."""
-    by_step: dict[float, dict[str, float]] = {}
-    for text in _lines(path):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
-        if "step" in numbers:
-            by_step[numbers["step"]] = by_step.get(numbers["step"], {}) | numbers
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _validations(files: Sequence[tuple[int, Path]]) -> list[Validation]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from retort.cli.metrics_tail import MetricsTail, accuracy
 from retort.cli.panel import Screen, View, clock, panel, step_line, validation_line
+from retort.metrics_file import MetricsFile, accuracy
 
 STEP = {
     "step": 12,
@@ -94,7 +94,7 @@ def write(file: Path, *lines: dict) -> None:
 
 def test_only_whole_new_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = MetricsFile(file)
     assert tail.read() == []
     file.write_text('{"step": 0, "time": 1.0}\n{"step": 1, "ti')
     assert [line["step"] for line in tail.read()] == [0]
@@ -106,7 +106,7 @@ def test_only_whole_new_lines_are_read(tmp_path: Path) -> None:
 
 def test_a_file_that_the_trainer_cut_back_is_read_on_from_there(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = MetricsFile(file)
     write(file, *({"step": step, "time": 1.0} for step in range(4)))
     tail.read()
     write(file, *({"step": step, "time": 1.0} for step in range(2)))
@@ -120,7 +120,7 @@ def test_a_file_that_the_trainer_cut_back_is_read_on_from_there(tmp_path: Path) 
 
 def test_a_validation_on_a_line_of_its_own_joins_its_step(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = MetricsFile(file)
     step = {"step": 10, "time": 5.0, "timing_s/step": 2.0}
     write(file, step, {"step": 11, "time": 7.0, "timing_s/step": 2.0})
     tail.read()
@@ -133,7 +133,7 @@ def test_a_validation_on_a_line_of_its_own_joins_its_step(tmp_path: Path) -> Non
 
 def test_after_a_cut_back_a_step_with_a_validation_of_its_own_is_not_new_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = MetricsFile(file)
     step = {"step": 10, "time": 5.0, "timing_s/step": 2.0}
     validation = {"step": 10, "time": 8.0, "val-core/a/acc/mean@16": 0.5}
     write(file, step, validation, {"step": 11, "time": 9.0, "timing_s/step": 2.0})
@@ -145,7 +145,7 @@ def test_after_a_cut_back_a_step_with_a_validation_of_its_own_is_not_new_again(t
 
 def test_the_time_left_is_the_recent_pace_times_the_steps_that_remain(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(file)
+    tail = MetricsFile(file)
     write(file, {"step": 0, "time": 0.0}, {"step": 1, "time": 100.0})
     tail.read()
     assert tail.seconds_left(steps=10) is None
