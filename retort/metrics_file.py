@@ -1,6 +1,7 @@
-"""What a run's metrics.jsonl says so far, read as it grows."""
+"""What a run's metrics.jsonl says so far, read as it grows: by the panel, the report, the model card, the trackers."""
 
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ Metrics = dict[str, float]
 _RECENT_STEPS = 10
 
 
-class MetricsTail:
+class MetricsFile:
     """The lines of one metrics file, by step. A trainer that resumes cuts the file back to its checkpoint."""
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +31,7 @@ class MetricsTail:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        lines: list[Metrics] = [json.loads(line) for line in whole.splitlines()]
+        lines = [line for line in map(_numbers, whole.splitlines()) if "step" in line]
         for line in lines:
             # The validation of a step may come later, on a line of its own; the step's time stays.
             step = int(line["step"])
@@ -52,6 +53,22 @@ class MetricsTail:
         times = [self.by_step[step]["time"] for step in recent]
         # The median, because a pause between two launches of a run lies between two steps.
         return median(after - before for before, after in pairwise(times)) * (steps - recent[-1])
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """One mapping a step, ascending: finite numbers only, the validation of a step with the rest of it."""
+    file = MetricsFile(path)
+    file.read()
+    return [file.by_step[step] for step in sorted(file.by_step)]
+
+
+def _numbers(text: bytes) -> Metrics:
+    """The finite numbers of a line; none of one that is damaged."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return {}
+    return {name: value for name, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _says(known: Metrics, line: Metrics) -> bool:
