@@ -16,11 +16,8 @@ PROJECT = "retort"
 class Tracker(Protocol):
     """Takes a run's metrics, lines in the order in which they were written."""
 
-    id: str
-    """The tracker's own name of the run; empty where it goes by ours."""
-
     def log(self, step: int, line: Metrics) -> None:
-        """Take a line; when this returns, a process that dies does not lose it."""
+        """Take a line. Weights & Biases and trackio hand it over a moment later."""
 
     def close(self) -> None:
         """Hand over what is still on its way."""
@@ -33,11 +30,9 @@ def check_installed(name: TrackerName) -> None:
 
 
 class Wandb:
-    """Weights & Biases. WANDB_MODE=offline writes files for `wandb sync`; WANDB_PROJECT and its other variables hold."""
+    """Weights & Biases. WANDB_MODE=offline writes files for `wandb sync`; WANDB_PROJECT and its like hold."""
 
-    id = ""
-
-    def __init__(self, config: RunConfig, known_id: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -61,9 +56,7 @@ class Wandb:
 class TensorBoard:
     """Event files in the run directory; `tensorboard --logdir runs` shows all runs."""
 
-    id = ""
-
-    def __init__(self, config: RunConfig, known_id: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         from tensorboard.summary import Writer
 
         self._writer = Writer(str(_directory(config) / "tensorboard"))
@@ -80,21 +73,28 @@ class TensorBoard:
 class MLflow:
     """The server of MLFLOW_TRACKING_URI, else a database in the run directory; MLFLOW_EXPERIMENT_NAME holds."""
 
-    def __init__(self, config: RunConfig, known_id: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         from mlflow import MlflowClient
 
         address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_directory(config).resolve()}/mlflow.db"
         self._client = MlflowClient(tracking_uri=address)
-        self.id = known_id or self._new_run(config)
-
-    def _new_run(self, config: RunConfig) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        run: str = self._client.create_run(number, run_name=config.key_prefix).info.run_id
-        for table, values in _settings(config).items():
-            for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-                self._client.log_param(run, f"{table}.{key}" if key else table, value)
+        known = self._client.search_runs([number], f"attributes.run_name = '{config.key_prefix}'", max_results=1)
+        self._run = known[0].info.run_id if known else self._new_run(config, number)
+        self._client.update_run(self._run, status="RUNNING")
+
+    def _new_run(self, config: RunConfig, experiment: str) -> str:
+        from mlflow.entities import Param
+
+        run: str = self._client.create_run(experiment, run_name=config.key_prefix).info.run_id
+        params = [
+            Param(f"{table}.{key}" if key else table, str(value))
+            for table, values in _settings(config).items()
+            for key, value in (values if isinstance(values, dict) else {"": values}).items()
+        ]
+        self._client.log_batch(run, params=params)  # at once: up to 100 may go together, and a run file has fewer keys
         return run
 
     def log(self, step: int, line: Metrics) -> None:
@@ -103,18 +103,16 @@ class MLflow:
         at = round(1000 * line.get("time", 0.0))
         # MLflow refuses "@" in a name.
         values = [Metric(name.replace("@", "_at_"), value, at, step) for name, value in _measured(line).items()]
-        self._client.log_batch(self.id, metrics=values)
+        self._client.log_batch(self._run, metrics=values)
 
     def close(self) -> None:
-        self._client.set_terminated(self.id)
+        self._client.set_terminated(self._run)
 
 
 class Trackio:
     """trackio's own database, wherever TRACKIO_DIR and its other variables say."""
 
-    id = ""
-
-    def __init__(self, config: RunConfig, known_id: str) -> None:
+    def __init__(self, config: RunConfig) -> None:
         import trackio
 
         name = config.key_prefix
@@ -127,13 +125,13 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS: Mapping[TrackerName, Callable[[RunConfig, str], Tracker]] = {
+TRACKERS: Mapping[TrackerName, Callable[[RunConfig], Tracker]] = {
     "wandb": Wandb,
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-"""From a run, and the name that the tracker gave it before, to the tracker."""
+"""How each is opened for a run; one that knows the run already goes on with it."""
 
 
 def _directory(config: RunConfig) -> Path:
