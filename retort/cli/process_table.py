@@ -49,7 +49,7 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
         chosen = config.rollout.port + replica if config.rollout.port else port
         programs.append(services.rollout(replica, chosen, gpus))
     programs.append(services.trainer(master_port, trainer_gpus))
-    programs += [tracker(config, name) for name in config.trackers]
+    programs += [_tracker(config, name) for name in config.trackers]
     return url, programs
 
 
@@ -153,7 +153,7 @@ class _Services:
         )
 
 
-def tracker(config: RunConfig, name: TrackerName) -> Program:
+def _tracker(config: RunConfig, name: TrackerName) -> Program:
     """What passes the run's metrics on. The run does without it when it fails."""
     return Program(
         name=name,

@@ -23,7 +23,7 @@ from retort.metrics_file import MetricsFile, is_validation
 
 POLL_S = 1.0
 CALL_S = 120.0
-"""How long a tracker may take to open, to take a line, or to close. `retort run` waits for the last less long."""
+"""How long a tracker may take to open, to take a line, or to close. At the end of a run the launcher ends it sooner."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def place_of(config: RunConfig, name: TrackerName) -> Iterator[Path]:
         except BlockingIOError:
             raise ConfigError(
                 f"{config.directory}: another process passes its metrics on to {name} already. "
-                f"End that one first, or take `trackers` out of the run file."
+                "End that one first, or take `trackers` out of the run file."
             ) from None
         yield file
     finally:
