@@ -102,9 +102,10 @@ class SimulatedTrainer:
 
     def run(self) -> None:
         config, loop = self._fleet.setup.config, self._fleet.loop
+        # The first weights reach the replicas here or, if they join later, in the first step: its time holds both.
+        began = loop.now
         self._publish(0)
         for step in range(1, self._num_steps + 1):
-            began = loop.now
             groups: Any
             for groups in self._steps.take(step):
                 self.trained += [group.group_id for group in groups]
@@ -114,6 +115,7 @@ class SimulatedTrainer:
             self._publish(step)
             self._steps.release(step)
             self.step_s.append(loop.now - began)
+            began = loop.now
         self.cpu_s = time.thread_time()
 
     def _publish(self, version: int) -> None:

@@ -1,11 +1,13 @@
 """`retort dead` and `retort doctor` on a run whose Redis is real."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from retort.cli.__main__ import main
+from retort.cli.liveness import identity
 from retort.cli.status import write_status
 from retort.config import dump_config
 from tests.integration.queue_run import Run, an_item, group_ids
@@ -18,10 +20,11 @@ def directory(run: Run, tmp_path: Path) -> Path:
     config = a_config(tmp_path).model_copy(update={"run_id": run.run_id})
     (tmp_path / "config.toml").write_text(dump_config(config))
     address = run.url.removeprefix("redis://").partition("/")[0]
-    redis = {"name": "redis", "pid": 1, "addresses": {"redis": address}, "restarts": 0, "state": "running"}
+    me = identity(os.getpid())
+    redis = {"name": "redis", **me, "addresses": {"redis": address}, "restarts": 0, "state": "running"}
     progress = {"phase": "waiting for rollouts", "waiting_for": "the groups of step 1"}
     status = {"run": "test", "step": 1, "steps": 3, "policy_version": 0, "since": 0.0, "updated": 9e9, **progress}
-    write_status(tmp_path, {**status, "exit_code": None, "processes": [redis]})
+    write_status(tmp_path, {**status, "exit_code": None, "launcher": me, "processes": [redis]})
     trainer, replica = run.trainer(), run.replica()
     trainer.issue([an_item("poison"), an_item("waiting")])
     trainer.set_progress(**progress, since=9e9, updated=9e9, step=1)

@@ -22,8 +22,8 @@ class LenientMultipleChoice(Checker):
        stars, dots and blanks around it, or starts with one letter and then `.`, `:` or `)` ("B: helium").
     2. `boxed`: the last `\\boxed{B}`.
     3. `stated`: the last "answer is B", "Answer: (B)", "option B" or "choice B"; here the letter is upper-case.
-    4. `whole_text`: the whole completion is one line that reads as in rule 1. Not more lines: a model that repeats the
-       options starts with "A:" and has chosen nothing.
+    4. `whole_text`: the completion, up to a lone `</answer>` if there is one, is one line that reads as in rule 1. Not
+       more lines: a model that repeats the options starts with "A:" and has chosen nothing.
 
     A completion in which none finds a letter has reward 0.
     """
@@ -67,7 +67,7 @@ def _read(completion: str) -> tuple[str, str]:
     for rule, pattern in (("boxed", BOXED), ("stated", STATED)):
         if found := pattern.findall(end):
             return found[-1].upper(), rule
-    if place == "whole_text" and "\n" not in completion.strip() and (letter := _only_letter(completion)):
+    if place == "whole_text" and "\n" not in text and (letter := _only_letter(text)):
         return letter, "whole_text"
     return "", "none"
 

@@ -17,6 +17,8 @@ from services.reward.checkers.mcq_lenient import LenientMultipleChoice
         ("I choose option D", "D", "stated"),
         (" (a) ", "A", "whole_text"),
         ("A: helium", "A", "whole_text"),
+        ("B</answer> I am sure.", "B", "whole_text"),
+        ("\u3000B\u00a0", "B", "whole_text"),
         ("A: helium\nB: neon\nC: argon", "", "none"),
         ("<answer>Beryllium</answer>", "", "none"),
         ("An answer is needed", "", "none"),
