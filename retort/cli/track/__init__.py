@@ -56,7 +56,7 @@ def place_of(config: RunConfig, name: TrackerName) -> Iterator[Path]:
     """The file that says how far a tracker was told, for this process alone. Raises ConfigError if another has it."""
     file = config.directory / "trackers" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
-    lock = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+    lock = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
