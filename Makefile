@@ -31,7 +31,7 @@ test-unit: setup  ## the tests that need seconds
 test-vectors: setup  ## the numeric cases of $$RETORT_VECTORS, or of the project's own file
 	$(BIN)/pytest tests/unit/trainer/test_vectors.py tests/unit/reward/test_vectors.py
 
-test-packages: setup  ## the reward service in an empty environment; TRL, verl, verifiers calling it (not in `make test`)
+test-packages: setup  ## the reward service in an empty environment; TRL, verl, verifiers calling it; the trackers (not in `make test`)
 	$(BIN)/pytest -m packages tests/packages
 
 test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; not in `make test`)

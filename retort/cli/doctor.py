@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from redis.exceptions import RedisError
 
 from retort.cli.liveness import condition
 from retort.cli.status import newest_run, open_view, read_status, replicas_shown, status_lines
-from retort.config import RunConfig, load_config
+from retort.config import RunConfig, TrackerName, load_config
 from retort.queues import DeadWork, InFlight, Kind, Member, PendingLease, RunView
 
 REWARD = "the reward service"
@@ -177,7 +177,12 @@ def _resume(evidence: Evidence) -> str:
 
 def _process_is_down(evidence: Evidence) -> Diagnosis | None:
     """A service that was stopped by a signal, or died and does not run yet; first those that more wait for."""
-    processes = {process["name"]: process for process in evidence.status["processes"]}
+    # Nobody waits for a tracker.
+    processes = {
+        process["name"]: process
+        for process in evidence.status["processes"]
+        if process["name"] not in get_args(TrackerName)
+    }
     for name in sorted(processes, key=lambda name: (name != "redis", name != "trainer", name != "reward", name)):
         state, pid = evidence.conditions.get(name), processes[name]["pid"]
         if state not in ("frozen", "gone") or processes[name]["state"] == "exited":

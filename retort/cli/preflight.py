@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from retort.cli.track.trackers import check_installed
 from retort.config import ConfigError, MissingDependencyError, RunConfig
 from retort.questions import asked_in_both, questions_of
 
@@ -30,6 +31,8 @@ def check_dependencies(config: RunConfig) -> None:
     missing = [package for package in needed if find_spec(package) is None]
     if missing:
         raise MissingDependencyError(f"not installed: {', '.join(missing)}. Run `make setup`, or install retort[cpu].")
+    for name in config.trackers:
+        check_installed(name)
 
 
 def check_model(path: str) -> None:

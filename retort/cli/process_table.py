@@ -17,7 +17,7 @@ from redis.retry import Retry
 
 from retort.cli.preflight import redis_url
 from retort.cli.processes import Program
-from retort.config import ConfigError, RolloutConfig, RunConfig
+from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName
 
 BAD_START = frozenset({2, 3})
 """A service that ends so was configured wrongly or lacks a dependency; starting it again would not help."""
@@ -49,6 +49,7 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
         chosen = config.rollout.port + replica if config.rollout.port else port
         programs.append(services.rollout(replica, chosen, gpus))
     programs.append(services.trainer(master_port, trainer_gpus))
+    programs += [_tracker(config, name) for name in config.trackers]
     return url, programs
 
 
@@ -150,6 +151,17 @@ class _Services:
             leaving_exit_codes=leaving_exit_codes,
             may_start=answers(self.redis_url),
         )
+
+
+def _tracker(config: RunConfig, name: TrackerName) -> Program:
+    """What passes the run's metrics on. The run does without it when it fails."""
+    return Program(
+        name=name,
+        command=[sys.executable, "-m", "retort.cli", "track", str(config.directory), "--to", name, "--follow"],
+        log=config.directory / "logs" / f"{name}.log",
+        final_exit_codes=BAD_START,
+        is_needed=False,
+    )
 
 
 def open_redis(url: str) -> Redis:

@@ -44,6 +44,8 @@ class Program:
     """Exit codes with which it has said its last word. With any other it is started again."""
     leaving_exit_codes: frozenset[int] = frozenset()
     """Exit codes with which it has left for good while the run goes on."""
+    is_needed: bool = True
+    """Whether the run ends when it cannot be kept running."""
     may_start: Callable[[], bool] = lambda: True
     """Asked before every start; a program waits while what it needs first, such as Redis, is not there."""
 
@@ -160,6 +162,10 @@ class Supervisor:
             self._announce(f"{child.program.name} has left")
             return None
         delay = None if code in child.program.final_exit_codes else self._policy.delay(child.deaths, now)
+        if delay is None and not child.program.is_needed:
+            how = describe_exit(code)
+            self._announce(f"{child.program.name} {how}; the run goes on without it (log {child.program.log})")
+            return None
         if delay is None:
             return Ending(child.program, code, gave_up=code not in child.program.final_exit_codes)
         child.start_at = now + delay

@@ -2,12 +2,14 @@
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from retort.config.errors import ConfigError
 from retort.config.tables import RunConfig
@@ -88,20 +90,34 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        # A misspelt table is reported as such, by whatever put something into it.
-        where = next((origin for name, origin in origins.items() if f"{name}.".startswith(f"{key}.")), file)
+        # A misspelt table, or an entry of a list, is reported as such, by whatever put something into it.
+        where = next((origin for name, origin in origins.items() if _is_part(key, name) or _is_part(name, key)), file)
         if problem["type"] == "extra_forbidden":
             hint = _nearest(key)
             lines.append(f"{where}: unknown key {key}." + (f" Did you mean {hint}?" if hint else ""))
         elif problem["type"] == "missing":
             lines.append(f"{where}: {key} is missing.")
         elif key:
-            lines.append(f"{where}: {key} = {problem['input']!r}: {problem['msg']}.")
+            hint = _meant(problem)
+            lines.append(f"{where}: {key} = {problem['input']!r}: {problem['msg']}.{hint}")
         else:
             what = problem["msg"].removeprefix("Value error, ")
             set_by = [origin for name, origin in origins.items() if f"{name} = " in what]
             lines.append(f"{', '.join(set_by) or file}: {what}.")
     return "\n".join(lines)
+
+
+def _is_part(key: str, whole: str) -> bool:
+    return f"{key}.".startswith(f"{whole}.")
+
+
+def _meant(problem: ErrorDetails) -> str:
+    """The word that is most like the one that was given, where only some words are right."""
+    if problem["type"] != "literal_error":
+        return ""
+    words = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    matches = difflib.get_close_matches(str(problem["input"]), words, n=1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def _nearest(key: str) -> str:

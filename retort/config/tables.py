@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+
 
 class Config(BaseModel):
     """Base of every table: frozen, strict about unknown keys, documented by the docstring under each field."""
@@ -243,6 +245,8 @@ class RunConfig(Config):
     """Where the run's files go; empty: `runs/<name>`."""
     seed: NonNegativeInt = 0
     """Seeds data order and every sampled completion."""
+    trackers: list[TrackerName] = []
+    """Where the metrics go beside metrics.jsonl; each needs the extra of its name."""
     model: ModelConfig
     data: DataConfig
     trainer: TrainerConfig

@@ -29,7 +29,7 @@ def launch_small_run(run_file: Path, behaviour: str) -> int:
         url, programs = plan_programs(config, config_file)
         small = [
             program
-            if program.name == "redis"
+            if program.name in ("redis", *config.trackers)
             else dataclasses.replace(
                 program, command=[sys.executable, __file__, str(config_file), behaviour, program.name]
             )

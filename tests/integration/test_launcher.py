@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -64,10 +64,11 @@ class Launched:
         return found
 
 
-def write_run_file(tmp_path: Path, steps: int, **timeouts: float) -> Path:
+def write_run_file(tmp_path: Path, steps: int, trackers: Sequence[str] = (), **timeouts: float) -> Path:
     config = RunConfig.model_validate(
         {
             "name": "small",
+            "trackers": list(trackers),
             "run_dir": str(tmp_path / "run"),
             "model": {"path": "none"},
             "data": {"train": "none", "validation": "none"},
@@ -84,9 +85,12 @@ def write_run_file(tmp_path: Path, steps: int, **timeouts: float) -> Path:
 def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(behaviour: str = "works", *, steps: int = 20, **timeouts: float) -> Launched:
-        run_file = write_run_file(tmp_path, steps, **timeouts)
+    def start(
+        behaviour: str = "works", *, steps: int = 20, trackers: Sequence[str] = (), path: str = "", **timeouts: float
+    ) -> Launched:
+        run_file = write_run_file(tmp_path, steps, trackers, **timeouts)
         env = {key: value for key, value in os.environ.items() if key != "REDIS_URL"}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (path, env.get("PYTHONPATH"))))
         process = subprocess.Popen(
             [sys.executable, str(SMALL_RUN), str(run_file), behaviour],
             stdout=subprocess.PIPE,
@@ -144,6 +148,18 @@ def test_a_service_that_keeps_dying_ends_the_run_and_is_named(start) -> None:
     assert "the tokenizer has no tokens" in output
     assert "logs/trainer.log" in output
     assert run.status()["exit_code"] == 1
+    assert run.descendants() == []
+
+
+def test_a_tracker_that_keeps_failing_does_not_end_the_run(start, tmp_path: Path) -> None:
+    (tmp_path / "trackio.py").write_text("raise OSError('the database is locked')")
+    run = start(steps=20, trackers=["trackio"], path=str(tmp_path), max_restarts=0)
+    run.wait_for_step(1)
+    run.wait_until(lambda: run.pid("trackio") is None)
+    code, output = run.finish()
+    assert code == 0, output
+    assert "trackio ended with exit code 1; the run goes on without it (log " in output
+    assert "the database is locked" in (run.run_dir / "logs/trackio.log").read_text()
     assert run.descendants() == []
 
 

@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 82
+MOST_FIELDS = 83
 
 
 @pytest.fixture
@@ -86,6 +86,11 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
         (
             "model.dtype=int8",
             "--set model.dtype=int8: model.dtype = 'int8': Input should be 'float32' or 'bfloat16'.",
+        ),
+        (
+            'trackers=["wandbb"]',
+            "--set trackers=[\"wandbb\"]: trackers.0 = 'wandbb': Input should be 'wandb', 'tensorboard', 'mlflow' or "
+            "'trackio'. Did you mean 'wandb'?",
         ),
         ("trainer.steps", "--set trainer.steps: expected section.key=value, for example --set trainer.steps=5"),
         ("name.first=x", "--set name.first=x: name is not a table"),

@@ -130,6 +130,9 @@ def test_a_run_without_a_launcher_and_one_that_ended_are_to_be_resumed() -> None
 def test_a_process_of_this_machine_that_was_stopped_or_died_is_named_at_once() -> None:
     assert line(conditions={"rollout-0": "frozen"}).startswith("trainer waits for rollout-0")
     assert line(conditions={"trainer": "gone", "rollout-0": "gone"}).startswith("everybody waits for trainer")
+    tracker = {"name": "wandb", "pid": 8, "addresses": {}, "restarts": 1, "state": "running"}
+    nobody_waits_for_it = line(conditions={"wandb": "gone"}, status={"processes": [*PROCESSES, tracker]})
+    assert nobody_waits_for_it.startswith("trainer waits for the groups of step 5")
     frozen_launcher = line(conditions={"launcher": "frozen"}, status={"launcher": {"pid": 7}})
     assert frozen_launcher == (
         "the run waits for its launcher, since 0 s: its process 7 was stopped by a signal. Try: kill -CONT 7"
