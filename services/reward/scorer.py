@@ -43,12 +43,12 @@ class Scorer:
         """A verdict for every item, in their order. Raises FullError. Cancelling stops what has not finished."""
         scored: list[Scored | None] = [None] * len(items)
         async for ready in self.score_as_ready(items):
-            for index, result in ready:
+            for index, result in zip(*ready, strict=True):
                 scored[index] = result
         return [result for result in scored if result is not None]
 
-    async def score_as_ready(self, items: Sequence[Item]) -> AsyncIterator[list[tuple[int, Scored]]]:
-        """Verdicts as they come, each with the index of its item. Raises FullError."""
+    async def score_as_ready(self, items: Sequence[Item]) -> AsyncIterator[tuple[Sequence[int], Sequence[Scored]]]:
+        """Verdicts as they come: indices of items, and a result for each. Raises FullError."""
         started = time.perf_counter()
         quick, slow = self._split(items)
         characters = sum([len(item.completion) + len(item.answer) for item in items])
@@ -57,12 +57,11 @@ class Scorer:
             try:
                 if quick:
                     together = [items[index] for index in quick] if slow else items
-                    ready = await self._score_together(together, characters)
-                    yield list(zip(quick, ready, strict=True))
+                    yield quick, await self._score_together(together, characters)
                 for task in asyncio.as_completed(tasks) if tasks else ():
                     index, result = await task
                     self._record([items[index]], [result])
-                    yield [(index, result)]
+                    yield [index], [result]
             finally:
                 for unfinished in tasks:
                     unfinished.cancel()

@@ -1,7 +1,7 @@
 """The gRPC face of the reward service. Only this file of the service knows the protobuf types."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -51,7 +51,7 @@ class RewardServicer:
             scored = await self._scorer.score(items)
         except FullError as error:
             await _refuse(error, context)
-        return _written((item.id, one) for item, one in zip(items, scored, strict=True))
+        return _written([item.id for item in items], scored)
 
     async def list_checkers(
         self, request: reward_pb2.ListCheckersRequest, context: Context
@@ -123,10 +123,11 @@ class _Stream:
             await self.responses.put(None)
 
     async def _answer(self, items: Sequence[Item]) -> None:
-        async for ready in self._scorer.score_as_ready(items):
-            await self.responses.put(_written((items[index].id, scored) for index, scored in ready))
+        async for indices, scored in self._scorer.score_as_ready(items):
+            ids = [items[index].id for index in indices]
+            await self.responses.put(_written(ids, scored))
             async with self._room:
-                self._ids.difference_update([items[index].id for index, _ in ready])
+                self._ids.difference_update(ids)
                 self._room.notify_all()
 
 
@@ -253,15 +254,15 @@ async def _refuse(error: FullError, context: Context) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-def _written(results: Iterable[tuple[str, Scored]]) -> bytes:
-    """A response with these results, serialised faster than from a message object for each.
+def _written(ids: Sequence[str], results: Sequence[Scored]) -> bytes:
+    """A response with these results and their ids, serialised faster than from a message object for each.
 
     Concatenated protobuf messages merge into one, so what results have in common is serialised once, and the id is
     appended. Results are known by identity: items with the same verdict share one.
     """
     heads: dict[tuple[int, int], bytes] = {}
     parts: list[bytes] = []
-    for item_id, scored in results:
+    for item_id, scored in zip(ids, results, strict=True):
         name = item_id.encode()
         key = (id(scored), len(name))
         head = heads.get(key)

@@ -49,10 +49,6 @@ class Stack:
         found: list[dict[str, Any]] = json.loads(podman("inspect", *names)) if names else []
         return sorted(found, key=lambda container: container["Created"])
 
-    def run_in(self, service: str, *command: str) -> str:
-        """Output of a command in the first container of a service."""
-        return podman("exec", self.containers(service)[0]["Id"], *command)
-
     def is_healthy(self, service: str) -> bool:
         """The service's own health check, run now."""
         check = ["podman", "healthcheck", "run", self.containers(service)[0]["Id"]]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,17 @@ from tests.reward_service import ROOT, Service, reward_service
 pytestmark = pytest.mark.timeout(120)
 
 DOCUMENTS = ("services/reward/README.md", "docs/reward-api.md")
+INSTALLATION = "python3.11 -m venv"
+"""Beginning of the block that is run by tests/packages/test_install.py, because it downloads."""
 
 
 def blocks(language: str) -> list[str]:
     texts = [(ROOT / document).read_text() for document in DOCUMENTS]
     return [
-        block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        block
+        for text in texts
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if not block.startswith(INSTALLATION)
     ]
 
 
@@ -33,17 +39,20 @@ def service() -> Iterator[Service]:
 
 def here(text: str, service: Service) -> str:
     http = service.http.removeprefix("http://")
-    return text.replace("127.0.0.1:8081", http).replace("127.0.0.1:50051", service.address)
+    text = text.replace("127.0.0.1:8081", http).replace("127.0.0.1:50051", service.address)
+    # The documents' `retort` is this tree's, whatever the machine has on its PATH.
+    return text.replace("reward-env/bin/retort", f"{shlex.quote(sys.executable)} -m retort.cli")
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=range(len(blocks("sh"))))
-def test_a_command_of_the_documents_runs(block: str, service: Service) -> None:
+def test_a_command_of_the_documents_runs(block: str, service: Service, tmp_path: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("curl is not installed")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-e", "-c", here(block, service)],
-        env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=60, check=False,
+        cwd=tmp_path, env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout

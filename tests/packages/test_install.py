@@ -1,10 +1,11 @@
-"""The first minute with the reward service, as its README has it: nothing but `pip install ".[reward]"`."""
+"""The first minute with the reward service: the first block of its README, as it stands, in a copy of the tree."""
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,26 +27,34 @@ print(json.dumps(result.reward))
 """
 
 
+def readme_block() -> tuple[str, str]:
+    """The commands that install the service, and the one that starts it."""
+    readme = (ROOT / "services" / "reward" / "README.md").read_text()
+    block = re.findall(r"^```sh\n(.*?)\n```", readme, re.MULTILINE | re.DOTALL)[0]
+    install, _, start = block.rpartition("\n")
+    return install, start
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty environment with the service in it, and the seconds that took."""
+    """The environment that the README makes, and beside it a file with the seconds that took."""
     folder = tmp_path_factory.mktemp("install")
     away = shutil.ignore_patterns(".*", "*.egg-info", "runs", "build")
     shutil.copytree(ROOT, folder / "clone", ignore=away)
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True, timeout=120)
-    install = [folder / "venv/bin/pip", "install", "--quiet", ".[reward]"]
-    subprocess.run(install, cwd=folder / "clone", check=True, timeout=400)
-    (folder / "seconds").write_text(str(time.monotonic() - started))
-    return folder
+    install, _ = readme_block()
+    subprocess.run(["bash", "-e", "-c", install], cwd=folder / "clone", check=True, timeout=500)
+    (folder / "clone" / "seconds").write_text(str(time.monotonic() - started))
+    return folder / "clone" / "reward-env"
 
 
 @pytest.fixture(scope="module")
 def addresses(environment: Path) -> Iterator[dict[str, str]]:
-    command = [environment / "venv/bin/retort", "serve", "reward", "--grpc-port", "0", "--http-port", "0"]
+    _, start = readme_block()
+    command = shlex.split(start.replace("50051", "0").replace("8081", "0"))
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=environment, env=clean, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=environment.parent, env=clean, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if " ready " in line)
@@ -56,10 +65,10 @@ def addresses(environment: Path) -> Iterator[dict[str, str]]:
 
 
 def test_it_is_small_and_has_neither_torch_nor_vllm(environment: Path) -> None:
-    site = environment / "venv"
-    size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file() and not path.is_symlink())
+    size = sum(path.stat().st_size for path in environment.rglob("*") if path.is_file() and not path.is_symlink())
     assert size < 200e6
-    listed = subprocess.run([site / "bin/pip", "list", "--format=json"], capture_output=True, check=True, timeout=60)
+    command = [environment / "bin/pip", "list", "--format=json"]
+    listed = subprocess.run(command, capture_output=True, check=True, timeout=60)
     assert not {"torch", "vllm", "numpy", "transformers"} & {one["name"] for one in json.loads(listed.stdout)}
 
 
@@ -69,8 +78,8 @@ def test_it_gives_a_verdict_over_http_and_over_grpc_within_a_minute(
     started = time.monotonic()
     answer = httpx.post(f"http://{addresses['http']}/v1/score", json=BODY, timeout=20)
     assert answer.json()["results"][0]["reward"] == 1.0
-    call = [environment / "venv/bin/python", "-c", CALL, addresses["address"]]
+    call = [environment / "bin/python", "-c", CALL, addresses["address"]]
     called = subprocess.run(call, cwd=environment, capture_output=True, text=True, check=True, timeout=60)
     assert called.stdout == "1.0\n"
-    before = float((environment / "seconds").read_text()) + float(addresses["seconds"])
+    before = float((environment.parent / "seconds").read_text()) + float(addresses["seconds"])
     assert before + time.monotonic() - started < 60
