@@ -38,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in arguments if not word.startswith("-")), "")
     args = _parser(chosen).parse_args(arguments)
     from retort.config import ConfigError
+    from retort.disk import DiskFullError
 
     try:
         return int(importlib.import_module(COMMANDS[chosen][0]).main(args))
-    except ConfigError as error:
+    except (ConfigError, DiskFullError) as error:
         print(f"retort {chosen}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

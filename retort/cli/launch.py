@@ -22,6 +22,7 @@ from retort.cli.run_directory import open_run_directory
 from retort.cli.status import write_status
 from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, what_a_stop_does, who_waits
 from retort.config import ConfigError, RunConfig
+from retort.disk import writing
 from retort.metrics_file import accuracy, is_validation
 from retort.queues import clear_stop, request_stop
 
@@ -48,6 +49,7 @@ def launch(config: RunConfig, resume_command: str, plan: Plan = plan_programs) -
     """Run to the end and return the exit code. Whatever happens, no process is left."""
     policy = RestartPolicy(config.timeouts.max_restarts)
     with (
+        writing(config.directory),
         open_run_directory(config) as config_file,
         Interrupts() as interrupts,
         Screen(Console()) as screen,

@@ -21,8 +21,8 @@ from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName
 
 BAD_START = frozenset({2, 3})
 """A service that ends so was configured wrongly or lacks a dependency; starting it again would not help."""
-TRAINER_ENDS = frozenset({0, 2, 3, 4, 5, 130})
-"""Done, bad configuration, missing dependency, stalled, diverged, stopped after a clean save."""
+TRAINER_ENDS = frozenset({0, 2, 3, 4, 5, 6, 130})
+"""Done, bad configuration, missing dependency, stalled, diverged, disk full, stopped after a clean save."""
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",

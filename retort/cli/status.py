@@ -12,6 +12,7 @@ from retort.cli.invocation import command
 from retort.cli.liveness import is_gone
 from retort.cli.panel import clock
 from retort.config import ConfigError, load_config
+from retort.disk import writing
 from retort.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def main(args: argparse.Namespace) -> int:
 def write_status(directory: Path, status: Mapping[str, Any]) -> None:
     """Replace status.json; a reader sees the old one or the new one, never a part."""
     draft = directory / f".{STATUS_FILE}.part"
-    draft.write_text(json.dumps(status), encoding="utf-8")
-    os.replace(draft, directory / STATUS_FILE)
+    with writing(directory / STATUS_FILE):
+        draft.write_text(json.dumps(status), encoding="utf-8")
+        os.replace(draft, directory / STATUS_FILE)
 
 
 def all_runs(runs: Path) -> list[Path]:

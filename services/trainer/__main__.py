@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 from transformers import AutoTokenizer
 
 from retort.config import ConfigError, RunConfig, load_config
+from retort.disk import DiskFullError
 from retort.questions import Question
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.telemetry import die_with_parent, log_event, log_with, start_logging
@@ -32,7 +33,7 @@ from services.trainer.train import train
 from services.trainer.weight_sender import WeightSender
 
 STOPPED = 130
-EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, DivergedError: 5}
+EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, DivergedError: 5, DiskFullError: 6}
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)
         return error.exit_code
-    except (Fenced, StalledError, DivergedError) as error:
+    except (Fenced, StalledError, DivergedError, DiskFullError) as error:
         log_event("ended", logging.ERROR, message=error)
         return EXIT_CODES[type(error)]
 

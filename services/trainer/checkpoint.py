@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retort.config import ConfigError
+from retort.disk import writing
 from retort.telemetry import log_event
 from services.trainer.fence import Fence
 from services.trainer.policy import Policy, local
@@ -65,18 +66,21 @@ class Checkpoints:
         unfinished = self._directory / f"{name}.{writer}.unfinished"
         if policy.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            with writing(unfinished):
+                unfinished.mkdir(parents=True)
         dist.barrier()
         file = unfinished / f"rank-{policy.rank}.safetensors"
-        save_file(dict(_named_shards(policy, teacher)), file)
-        _sync(file)
+        with writing(file, draft=file):
+            save_file(dict(_named_shards(policy, teacher)), file)
+            _sync(file)
         dist.barrier()
         if policy.rank == 0:
             state = Saved(policy.version, policy.ranks, _optimizer_steps(policy))
             _write(unfinished / "state.json", json.dumps(state.__dict__))
             digests = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             _write(unfinished / MANIFEST, json.dumps(digests, indent=1))
-            _sync(unfinished)
+            with writing(unfinished):
+                _sync(unfinished)
             with self._fence.held() if self._fence else contextlib.nullcontext():
                 self._commit(unfinished, policy.version)
         dist.barrier()
@@ -84,8 +88,9 @@ class Checkpoints:
     def _commit(self, unfinished: Path, version: int) -> None:
         final = self._directory / f"step-{version:06d}"
         shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _sync(self._directory)
+        with writing(final):
+            unfinished.rename(final)
+            _sync(self._directory)
         self._tidy(version)
 
     def load(self, policy: Policy, teacher: Teacher, before: float = math.inf) -> bool:
@@ -210,8 +215,9 @@ def _digest(file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    file.write_text(text)
-    _sync(file)
+    with writing(file):
+        file.write_text(text)
+        _sync(file)
 
 
 def _sync(path: Path) -> None:

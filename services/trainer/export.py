@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from retort.config import RunConfig
+from retort.disk import writing
 from retort.weight_sync import Snapshot
 from services.trainer.fence import Fence
 
@@ -58,6 +59,10 @@ def _header(export: Exported) -> dict[str, str]:
 def hf_directory(config: RunConfig) -> Path:
     """Where the exports of a run are."""
     return config.directory / "hf"
+
+
+def _unfinished(config: RunConfig) -> Path:
+    return hf_directory(config) / ".unfinished"
 
 
 def best_name(config: RunConfig) -> str:
@@ -111,9 +116,12 @@ class Exports:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.tensors()}
         export = Exported(snapshot.version, score)
         with self._fence.held() if self._fence else contextlib.nullcontext():
-            write_model(hf_directory(self._config) / place, tensors, self._config, self._tokenizer, export)
+            directory = hf_directory(self._config) / place
+            with writing(directory, draft=_unfinished(self._config)):
+                write_model(directory, tensors, self._config, self._tokenizer, export)
             if self._write_card:
-                self._write_card()
+                with writing(hf_directory(self._config)):
+                    self._write_card()
 
 
 def write_model(
@@ -124,7 +132,7 @@ def write_model(
     export: Exported,
 ) -> None:
     """Write a model whole or not at all; one that is there is replaced at once."""
-    unfinished = hf_directory(config) / ".unfinished"
+    unfinished = _unfinished(config)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     model_config = AutoConfig.from_pretrained(config.model.path)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from retort.disk import writing
 from retort.queues import Fenced
 from services.trainer.admission import StalledError
 
@@ -29,8 +30,9 @@ class Fence:
 
     def take_over(self, highest_elsewhere: int) -> int:
         """Become the newest: one more than any epoch before, here or elsewhere. Returns the epoch, which is durable."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked() as file:
+        with writing(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as file, writing(self._file):
             self.epoch = max(_epoch_in(file), highest_elsewhere) + 1
             # One write over the old digits, which are never more: a crash leaves the old epoch or the new one.
             os.pwrite(file, str(self.epoch).encode(), 0)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from retort.config import RunConfig
+from retort.disk import writing
 from retort.questions import Question, question_text
 from retort.rollouts import RolloutGroup
 from retort.telemetry import log_event, log_with
@@ -123,7 +124,8 @@ class RunJournal(Journal):
     def keep_span(self, name: str, seconds: float) -> None:
         # A streamed step has parts several times, and their sums do not tell when. What is saved is the step before.
         step = self._version + (name != "checkpoint")
-        with (self._directory / "timeline.jsonl").open("a") as file:
+        path = self._directory / "timeline.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps({"part": name, "step": step, "end": time.time(), "seconds": seconds}) + "\n")
 
     def beat(self) -> None:
@@ -202,7 +204,8 @@ class RunJournal(Journal):
         self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
 
     def _write(self, line: Mapping[str, float]) -> None:
-        with (self._directory / "metrics.jsonl").open("a") as file:
+        path = self._directory / "metrics.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -249,13 +252,14 @@ def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """A whole file or none: a step that is trained again after a crash replaces its file, so no group appears twice."""
-    path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with writing(path, draft=unfinished):
+        path.parent.mkdir(exist_ok=True)
+        with unfinished.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
 
 
 def _cut_back(path: Path, version: int) -> list[dict[str, Any]]:
@@ -265,6 +269,7 @@ def _cut_back(path: Path, version: int) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if version and line["step"] <= version]
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        unfinished.replace(path)
     return kept

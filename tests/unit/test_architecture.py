@@ -16,8 +16,8 @@ SERVICES = ("rollout", "reward", "trainer")
 SHARED = ("config", "rollouts", "queues", "weight_sync", "telemetry", "proto")
 """What the services agree on. The rest of `retort/` is the command line and the client for outsiders."""
 
-READ_OUTSIDE = ("questions", "metrics_file")
-"""What one service and the command line read: the questions before a run, its metrics during it and after."""
+READ_OUTSIDE = ("questions", "metrics_file", "disk")
+"""What one service and the command line share: the questions before a run, its metrics, and what a full disk means."""
 
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
