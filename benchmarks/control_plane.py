@@ -192,15 +192,14 @@ def measure(url: str, tokens: int, num_replicas: int, steps: int, rounds: int) -
             found["bare"].append(_timed(redis, groups, lambda data=data: bare(redis, run, groups, *data)))  # type: ignore[misc]
     redis.delete(*Keys(run).of_functions())
     both = {name: {key: statistics.median(one[key] for one in ones) for key in ones[0]} for name, ones in found.items()}
+    # With what they spend on waiting while the turn is the other's.
     both["retort"]["replicas_cpu_ms"] = sum(replica_cpu_s) / (rounds * groups + GROUPS_PER_STEP) * 1e3
     ratios = [ours["groups_per_s"] / its["groups_per_s"] for ours, its in zip(*found.values(), strict=True)]
-    cpu_ms = sum(value for key, value in both["retort"].items() if key.endswith("cpu_ms"))
     return {
         "completion_tokens": tokens,
         "kilobytes_of_a_group": len(group.to_bytes()) / 1e3,
         **both,
         "retort_beside_bare": statistics.median(ratios),
-        "groups_per_s_of_two_idle_cores": 2e3 / cpu_ms,
     }
 
 
