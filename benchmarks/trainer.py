@@ -1,10 +1,12 @@
-"""An update of the trainer beside a plain padded loop of transformers: `python -m benchmarks.trainer [--json]`.
+"""An update of the trainer beside others' on the same completions: `python -m benchmarks.trainer [--json]`.
 
-Same model, completions, loss (GRPO, token mean) and optimizer, in a process each, taking turns. Completions are 0.1 to
-1 times as long as the longest. Rates are in CPU seconds on one thread, which other work on the machine disturbs less
-than wall time. The gradients of both are compared.
+The others are a plain padded loop of transformers and TRL's GRPOTrainer without its generation, once with its own
+defaults (bfloat16 autocast, activation checkpointing) and once, as Retort here, without both. Same model, loss (GRPO,
+token mean) and optimizer, in a process each, taking turns. Completions are 0.1 to 1 times as long as the longest. Rates
+are in CPU seconds on one thread, which other work on the machine disturbs less than wall time. Gradients are compared.
 
-TRL, a GPU and the growth with lengths, ranks and budgets are not measured here yet; `null` says so.
+TRL is installed beside the project's packages, into an environment under `build`. A GPU and the growth with lengths,
+ranks and budgets are not measured here yet.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import random
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +37,9 @@ from tests.training import a_batch, a_group, a_rollout
 
 GROUP_SIZE = 8
 MODELS = ("tiny", "small")
+PEERS = ("padded", "trl", "trl_float32")
+TRL_VERSION = "1.16.0"
+TRL_ENVIRONMENT = Path("build/benchmarks-trl")
 Gradients = dict[str, torch.Tensor]
 
 
@@ -132,20 +138,59 @@ def padded(model: Any, batch: StepBatch, rows_at_once: int) -> Callable[[], Grad
     return update
 
 
+class Turns:
+    """A contender's side of the talk with `side_by_side`: the cost of an update for every line that comes in."""
+
+    def __init__(self, gradients: str) -> None:
+        self._gradients = gradients
+        self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def keep(self, gradients: Gradients) -> None:
+        save_file(gradients, self._gradients)
+
+    def begin(self) -> None:
+        sys.stdin.readline()
+        self._start = time.process_time()
+
+    def end(self) -> None:
+        seconds = time.process_time() - self._start
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before) * 1024
+        print(json.dumps({"cpu_s": seconds, "peak_bytes": peak}), flush=True)
+
+
 def contend(args: argparse.Namespace) -> None:
-    """In a process of its own: an update, whose gradient is kept, and then one for every line that comes in."""
+    """In a process of its own: an update, whose gradient is kept, and then those that are timed."""
     torch.set_num_threads(1)
     batch = a_step(args.groups, args.prompt, args.longest)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.contender.startswith("trl"):
+        from benchmarks import trl_step  # only its own environment has TRL
+
+        with tempfile.TemporaryDirectory() as folder:
+            turns = Turns(args.gradients)
+            trl_step.train(language_model(args.model, "sdpa"), batch, turns, args=args, folder=Path(folder))
+        return
+    turns = Turns(args.gradients)
     ours = args.contender == "packed"
     model = language_model(args.model, PACKED_ATTENTION if ours else "sdpa")
     update = packed(model, batch, args.budget) if ours else padded(model, batch, args.rows)
-    save_file(update(), args.gradients)
-    for _ in iter(sys.stdin.readline, ""):
-        start = time.process_time()
+    turns.keep(update())
+    for _ in range(args.repeats):
+        turns.begin()
         update()
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        print(json.dumps({"cpu_s": time.process_time() - start, "peak_bytes": peak}), flush=True)
+        turns.end()
+
+
+def python_with_trl() -> str:
+    """The interpreter of an environment that has TRL, and the project's packages through a .pth file."""
+    python = TRL_ENVIRONMENT / "bin/python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", TRL_ENVIRONMENT], check=True)
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    own = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
+    if not (own / f"trl-{TRL_VERSION}.dist-info").exists():
+        (own / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", f"trl=={TRL_VERSION}"], check=True)
+    return str(python)
 
 
 def matmul_rate() -> float:
@@ -175,18 +220,23 @@ def operations(model: Any, batch: StepBatch) -> float:
 
 
 def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
+    """The least CPU seconds of `args.repeats` updates of each, their peaks of memory and their gradients."""
+    names, trl = ("packed", *PEERS), python_with_trl()
     with tempfile.TemporaryDirectory() as directory:
-        files = {name: Path(directory) / name for name in ("packed", "padded")}
+        files = {name: Path(directory) / name for name in names}
         children = {
             name: subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.trainer", *sys.argv[1:], "--contender", name, "--gradients", file],
+                [
+                    *(trl if name.startswith("trl") else sys.executable, "-m", "benchmarks.trainer", *sys.argv[1:]),
+                    *("--contender", name, "--gradients", files[name]),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for name, file in files.items()
+            for name in names
         }
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in files}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(args.repeats):
             for name, child in children.items():
                 assert child.stdin and child.stdout
@@ -196,20 +246,30 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
         for child in children.values():
             child.communicate()
         gradients = {name: load_file(file) for name, file in files.items()}
-    difference = sum((gradients["packed"][n] - g).square().sum() for n, g in gradients["padded"].items())
-    norm = sum(g.square().sum() for g in gradients["padded"].values())
-    seconds = {name: min(one["cpu_s"] for one in ones) for name, ones in found.items()}
-    peaks = {name: ones[-1]["peak_bytes"] for name, ones in found.items()}
+    return {
+        "cpu_s": {name: min(one["cpu_s"] for one in ones) for name, ones in found.items()},
+        "peak_bytes": {name: ones[-1]["peak_bytes"] for name, ones in found.items()},
+        "gradient_difference": {name: difference(gradients["packed"], gradients[name]) for name in PEERS},
+    }
+
+
+def difference(ours: Gradients, theirs: Gradients) -> float:
+    """The norm of the difference of two gradients, over that of theirs."""
+    squares = sum((ours[name] - gradient).square().sum() for name, gradient in theirs.items())
+    return float((squares / sum(gradient.square().sum() for gradient in theirs.values())).sqrt())
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    found = side_by_side(args)
+    seconds, peaks = found["cpu_s"], found["peak_bytes"]
     model, batch = language_model(args.model, "sdpa"), a_step(args.groups, args.prompt, args.longest)
     tokens, rate = sum(map(len, batch.prompts)) + int(batch.lengths.sum()), matmul_rate()
     return {
         "tokens_per_s": tokens / seconds["packed"],
-        "tokens_per_s_vs_padded": seconds["padded"] / seconds["packed"],
-        "peak_memory_vs_padded": peaks["packed"] / peaks["padded"],
+        **{f"tokens_per_s_vs_{peer}": seconds[peer] / seconds["packed"] for peer in PEERS},
+        **{f"peak_memory_vs_{peer}": peaks["packed"] / peaks[peer] for peer in PEERS},
         "flops_vs_matmul_rate": operations(model, batch) / seconds["packed"] / rate,
-        "gradient_difference": float((difference / norm).sqrt()),
-        "tokens_per_s_vs_trl": None,
-        "peak_memory_vs_trl": None,
+        **found,
         "conditions": {
             "model": args.model,
             "vocabulary": model.config.vocab_size,
@@ -220,12 +280,11 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
             "longest_completion": args.longest,
             "micro_batch_tokens": args.budget,
             "padded_rows_at_once": args.rows,
-            "cpu_s": seconds,
-            "peak_bytes": peaks,
             "matmul_gflops": rate / 1e9,
             "threads": 1,
             "repeats": args.repeats,
             "torch": torch.__version__,
+            "trl": TRL_VERSION,
         },
     }
 
@@ -237,16 +296,24 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--longest", type=int, default=512, help="tokens of the longest completion")
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a packed micro-batch")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a padded micro-batch")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a padded micro-batch, TRL's too")
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many counts")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda is refused: not written yet")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda":
+        found = "found" if torch.cuda.is_available() else "missing on this machine"
+        parser.error(
+            f"--device cuda: the comparison counts CPU seconds only, a GPU (here: {found}) is not measured yet"
+        )
+    if args.groups * GROUP_SIZE % args.rows:
+        parser.error(f"--rows {args.rows} does not divide the {args.groups * GROUP_SIZE} rows; TRL needs it to")
     if args.contender:
         contend(args)
         return
-    found = side_by_side(args)
+    found = report(args)
     print(json.dumps(found) if args.json else "\n".join(f"{name}: {value}" for name, value in found.items()))
 
 
