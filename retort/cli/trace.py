@@ -174,7 +174,9 @@ def group_lines(group: dict[str, Any]) -> list[str]:
         _ended(group) if group["kind"] == "train" else f"measured  policy version {group['measured_version']}",
         "",
     ]
-    table = [("sample", "versions", "tokens", "end", "reward", "parsed", "advantage", "update", "gradient")]
+    table: list[Sequence[str]] = [
+        ("sample", "versions", "tokens", "end", "reward", "parsed", "advantage", "update", "gradient")
+    ]
     for sample in group["samples"]:
         versions = sample["policy_versions"]
         row = (sample["sample"], _listed(versions), sum(versions.values()), sample["finish_reason"])
