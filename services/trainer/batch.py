@@ -53,6 +53,8 @@ class StepBatch:
     entropies: Tensor = field(init=False)
     token_weights: Tensor = field(init=False)
     """[N] factor on the advantage; filled by the updates, on the rank that computed the token, 0 elsewhere."""
+    update_of: Tensor = field(init=False)
+    """[R] number, from 1, of the update that a row counts in; 0 until `updates` has dealt it."""
 
     def __post_init__(self) -> None:
         lengths = [len(rollout.completion_ids) for rollout in self.rollouts]
@@ -60,6 +62,7 @@ class StepBatch:
         self._starts = [0, *accumulate(lengths)]
         self.has_demonstration = torch.tensor([prompt is not None for prompt in self.teacher_prompts])
         self.token_weights = torch.zeros(sum(lengths))
+        self.update_of = torch.zeros(len(lengths), dtype=torch.long)
 
     @property
     def completions(self) -> list[list[int]]:
@@ -105,7 +108,7 @@ class StepBatch:
     def updates(
         self, order: Literal["arrival", "length_sweep", "shuffle", "group"], size: int, seed: int
     ) -> list[list[int]]:
-        """Deal the rows to updates of `size` rows; as they stand, unless the order is another.
+        """Deal the rows to updates of `size` rows, and note it; as they stand, unless the order is another.
 
         `length_sweep` is the reference run's order: rows alike in length, short to long and back to short. There it
         comes about by 8 GPUs sorting their shares up and down in turn; here by taking every other row of the sorted
@@ -117,7 +120,10 @@ class StepBatch:
         elif order == "length_sweep":
             rows.sort(key=lambda row: int(self.lengths[row]))
             rows = rows[0::2] + rows[1::2][::-1]
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        dealt = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for number, members in enumerate(dealt, start=1):
+            self.update_of[members] = number
+        return dealt
 
 
 def join(parts: Sequence[StepBatch]) -> StepBatch:
@@ -141,6 +147,8 @@ def join(parts: Sequence[StepBatch]) -> StepBatch:
     )
     for name in ("teacher_logprobs", "old_logprobs", "entropies", "token_weights"):
         setattr(whole, name, concatenated(name))
+    made = accumulate((int(part.update_of.max()) for part in parts[:-1]), initial=0)
+    whole.update_of = torch.cat([part.update_of + before for part, before in zip(parts, made, strict=True)])
     return whole
 
 

@@ -36,6 +36,8 @@ PHASES = {
     "weight_sync": "syncing weights",
     "checkpoint": "saving",
 }
+LEARNED = ("advantage", "demonstration", "token_weights", "update", "has_gradient")
+"""What a training step adds to a completion: `update` is the number, from 1, of the step's update that it counts in."""
 
 
 class Journal:
@@ -147,16 +149,7 @@ class RunJournal(Journal):
         metrics = step_metrics(batch, updates, longest, max_ratio)
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
-        weights: list[list[float] | None] = [
-            weights if row_has and advantage else None
-            for weights, row_has, advantage in zip(
-                batch.split(batch.token_weights),
-                batch.has_demonstration.tolist(),
-                batch.advantages.tolist(),
-                strict=True,
-            )
-        ]
-        rows = iter(zip(batch.advantages.tolist(), batch.demonstrations, weights, strict=True))
+        rows = iter(_learned(batch))
         lines = [
             self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups
         ]
@@ -174,7 +167,8 @@ class RunJournal(Journal):
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         metrics = validation_metrics_of(groups)
-        lines = [self._line(group, question, [(None, None, None)] * len(group.rollouts)) for group, question in groups]
+        nothing = dict.fromkeys(LEARNED)
+        lines = [self._line(group, question, [nothing] * len(group.rollouts)) for group, question in groups]
         gauges.set_validation(metrics)
         self._validated.add(version)
         with self._fence.held():
@@ -210,16 +204,14 @@ class RunJournal(Journal):
             file.flush()
             os.fsync(file.fileno())
 
-    def _line(self, group: RolloutGroup, question: Question, taught: Sequence[tuple[Any, Any, Any]]) -> dict[str, Any]:
+    def _line(self, group: RolloutGroup, question: Question, learned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rollouts = [
             {
                 **msgspec.to_builtins(rollout),
                 "text": self._decode(rollout.completion_ids),
-                "advantage": advantage,
-                "demonstration": demonstration,
-                "token_weights": weights,
+                **of_row,
             }
-            for rollout, (advantage, demonstration, weights) in zip(group.rollouts, taught, strict=True)
+            for rollout, of_row in zip(group.rollouts, learned, strict=True)
         ]
         return {
             "group_id": group.group_id,
@@ -234,6 +226,20 @@ class RunJournal(Journal):
             "prompt_ids": group.prompt_ids,
             "rollouts": rollouts,
         }
+
+
+def _learned(batch: StepBatch) -> list[dict[str, Any]]:
+    """What was learned from each row, by the names of `LEARNED`. Rows that nobody taught have no token weights."""
+    advantages, active = batch.advantages.tolist(), set(batch.active_rows)
+    weights = [
+        weights if row_has and advantage else None
+        for weights, row_has, advantage in zip(
+            batch.split(batch.token_weights), batch.has_demonstration.tolist(), advantages, strict=True
+        )
+    ]
+    has_gradient = [row in active for row in range(len(advantages))]
+    columns = (advantages, batch.demonstrations, weights, batch.update_of.tolist(), has_gradient)
+    return [dict(zip(LEARNED, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def rollouts_file(directory: Path, step: int) -> Path:

@@ -19,9 +19,11 @@ SCORED = st.builds(Scored, REWARDS | st.builds(Unscorable, reason=TEXT), TEXT, s
 @given(st.lists(st.tuples(TEXT, SCORED), max_size=5))
 def test_what_is_written_is_read_as_the_same_results(pairs: list[tuple[str, Scored]]) -> None:
     # Twice each, so that what the writer remembers is used.
-    response = reward_pb2.ScoreResponse.FromString(_written([*pairs, *pairs]))
+    twice = [*pairs, *pairs]
+    written = _written([item_id for item_id, _ in twice], [scored for _, scored in twice])
+    response = reward_pb2.ScoreResponse.FromString(written)
     assert len(response.results) == 2 * len(pairs)
-    for result, (item_id, scored) in zip(response.results, [*pairs, *pairs], strict=True):
+    for result, (item_id, scored) in zip(response.results, twice, strict=True):
         verdict = scored.verdict
         assert (result.id, result.checker, result.seconds) == (item_id, scored.checker, scored.seconds)
         if isinstance(verdict, Reward):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from retort.config import MethodConfig
-from services.trainer.batch import StepBatch, assemble
+from services.trainer.batch import StepBatch, assemble, join
 from services.trainer.prompts import encode_prompt
 from tests.training import a_batch, a_group, a_question, a_rollout
 
@@ -112,6 +112,14 @@ def test_a_shuffle_is_a_function_of_seed_and_step() -> None:
     batch = rows_of_lengths(*range(1, 33))
     assert batch.updates("shuffle", 8, seed=0) == batch.updates("shuffle", 8, seed=0)
     assert batch.updates("shuffle", 8, seed=0) != batch.updates("shuffle", 8, seed=1)
+
+
+def test_the_updates_of_a_step_that_came_in_parts_are_counted_through() -> None:
+    parts = [rows_of_lengths(5, 1, 4, 2), rows_of_lengths(1, 2)]
+    for part in parts:
+        part.old_logprobs = part.entropies = part.teacher_logprobs = part.rollout_logprobs
+        part.updates("group", 2, seed=0)
+    assert join(parts).update_of.tolist() == [1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("order", ["length_sweep", "shuffle", "group"])

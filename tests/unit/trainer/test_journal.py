@@ -44,6 +44,7 @@ def a_step(step: int, reward: float = 1.0) -> StepBatch:
     batch = a_batch([taught, other], [0.5, -0.5, 0.0], [None, [1, 2], [1]], step=step)
     batch.old_logprobs, batch.entropies = batch.rollout_logprobs, torch.ones(4)
     batch.token_weights = torch.tensor([1.0, 1.0, 0.9, 0.0])
+    batch.update_of = torch.tensor([2, 1, 1])
     return batch
 
 
@@ -143,10 +144,14 @@ def test_the_groups_of_a_step_are_kept_with_what_was_learned_from_them(
         "advantage": 0.5,
         "demonstration": None,
         "token_weights": None,
+        "update": 2,
+        "has_gradient": True,
     }
     assert (rollouts[1]["advantage"], rollouts[1]["demonstration"]) == (-0.5, 0)
     assert rollouts[1]["token_weights"] == pytest.approx([0.9])
     assert other["rollouts"][0]["token_weights"] is None, "a row without advantage was not computed"
+    counted = [(r["update"], r["has_gradient"]) for r in (*rollouts, *other["rollouts"])]
+    assert counted == [(2, True), (1, True), (1, False)]
 
 
 def test_a_step_that_is_trained_again_replaces_its_file(
