@@ -108,11 +108,13 @@ class Chaos:
 
     def kill(self, name: str) -> bool:
         """SIGKILL; it is started again when the doctor has been asked."""
+        pid = self.run.pid_of(name)
+        if pid is None:
+            return False  # the run may not even have a directory yet
         gate = hold(self.run.directory, name)
         gate.touch()
-        pid = self.run.pid_of(name)
         try:
-            return pid is not None and self.send(name, signal.SIGKILL) and self._ask_doctor(name, pid)
+            return self.send(name, signal.SIGKILL) and self._ask_doctor(name, pid)
         finally:
             gate.unlink()
 
