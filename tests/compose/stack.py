@@ -54,6 +54,11 @@ class Stack:
         check = ["podman", "healthcheck", "run", self.containers(service)[0]["Id"]]
         return subprocess.run(check, check=False, capture_output=True).returncode == 0
 
+    def address(self, service: str) -> str:
+        """The IP address of its first container, which this machine reaches."""
+        [network] = self.containers(service)[0]["NetworkSettings"]["Networks"].values()
+        return str(network["IPAddress"])
+
     def run(self) -> LaunchedRun:
         """The run directory, which lives in a named volume."""
         volume = podman("volume", "inspect", "--format", "{{.Mountpoint}}", f"{self._project}_runs")
