@@ -77,7 +77,7 @@ def test_the_reward_container_scores_an_item_over_grpc_and_over_http(stack: Stac
 
 
 def test_the_run_survives_what_happens_to_its_containers_and_ends_with_0(stack: Stack) -> None:
-    stack.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "rollout=2")
+    stack.compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "rollout=2", "rollout")
     second = stack.containers("rollout")[-1]["Id"]
     stack.until(lambda: "engine_loaded" in podman("logs", second), "the engine of a second replica", timeout_s=600)
     podman("unpause", stack.containers("trainer")[0]["Id"])
