@@ -60,7 +60,8 @@ def check_training(run: LaunchedRun, steps: int) -> None:
     assert [line["step"] for line in metrics] == list(range(steps + 1))
     assert [line["policy_version"] for line in metrics] == list(range(steps + 1))
     for line in metrics[1:]:
-        assert line["training/rollout_probs_diff_max"] < CLOSE, line
+        if line["critic/mixed_group_fraction"]:  # else nothing is computed for the step
+            assert line["training/rollout_probs_diff_max"] < CLOSE, line
         assert line["weight_sync/probe_gap"] < CLOSE, line
 
     groups = run.groups()
