@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ("retort.cli.compare", "two runs side by side, or a run beside a published one"),
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "score": ("retort.cli.score", "send a file of completions through the reward service"),
+    "task": ("retort.cli.task", "write questions and their checker of your own: retort task new NAME"),
     "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
     "env": ("retort.cli.env", "print what a bug report needs: versions, machine, settings; no secrets"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),

@@ -86,18 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", args.name):
-        raise ConfigError(
-            f"{args.name!r}: a checker's name is lower-case letters, digits and _, for example my_checker."
-        )
-    directory = args.directory or Path(args.name)
+    directory = args.directory or Path(checked_name(args.name))
     if directory.exists():
         raise ConfigError(f"{directory} is there already. Choose another name or --directory.")
-    type_name = "".join(part.capitalize() for part in args.name.split("_"))
-    words = {"name": args.name, "type": type_name, "dashed": args.name.replace("_", "-")}
+    words = {"name": args.name, "type": as_type(args.name), "dashed": args.name.replace("_", "-")}
     directory.mkdir(parents=True)
     for file, text in (("pyproject.toml", PROJECT), (f"{args.name}.py", CHECKER), (f"test_{args.name}.py", TEST)):
         (directory / file).write_text(text.substitute(words), encoding="utf-8")
     print(f"{directory}: {args.name}.py, its test, and pyproject.toml. Next:")
     print(f"  cd {directory} && python -m pytest && pip install --no-deps . && retort serve reward")
     return 0
+
+
+def checked_name(name: str) -> str:
+    """The name. Raises ConfigError if a checker cannot be called so."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
+        raise ConfigError(f"{name!r}: a checker's name is lower-case letters, digits and _, for example my_checker.")
+    return name
+
+
+def as_type(name: str) -> str:
+    """The class of a checker: my_checker is MyChecker."""
+    return "".join(part.capitalize() for part in name.split("_"))

@@ -17,6 +17,7 @@ from redis.retry import Retry
 
 from retort.cli.preflight import redis_url
 from retort.cli.processes import Program
+from retort.cli.task import python_path
 from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName
 
 BAD_START = frozenset({2, 3})
@@ -96,7 +97,7 @@ class _Services:
         return self._program(
             "reward",
             ["-m", "services.reward"],
-            environment={"RETORT_REWARD__PORT": port},
+            environment={"RETORT_REWARD__PORT": port, **python_path(self.config.directory)},
             addresses={"grpc": self.reward_address},
         )
 

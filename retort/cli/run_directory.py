@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from retort.cli import task
 from retort.cli.invocation import command
 from retort.config import ConfigError, RunConfig, dump_config, load_config
 
 DRAFT = ".config.toml.part"
+NOT_A_RUN = {DRAFT, task.DIRECTORY}
+"""What a launcher that did not come to start its run may have left in the directory."""
 
 
 def resolve_config(args: argparse.Namespace) -> RunConfig:
@@ -23,7 +26,7 @@ def resolve_config(args: argparse.Namespace) -> RunConfig:
     directory = config.directory.resolve()
     if args.resume:
         return _stored_config(config, directory, overrides)
-    if directory.exists() and any(path.name != DRAFT for path in directory.iterdir()):
+    if directory.exists() and any(path.name not in NOT_A_RUN for path in directory.iterdir()):
         raise ConfigError(
             f"{directory} exists and is not empty. Continue that run with --resume, "
             "or start another with --run-dir DIR or --set name=NAME."

@@ -105,7 +105,9 @@ class LaunchedRun:
 
     def admitted(self, steps: int) -> Counter[str]:
         """The groups that these steps ask for."""
-        num_questions = len((ROOT / "data" / "periodic_table" / "train.jsonl").read_text().splitlines())
+        own = self.directory / "task" / "train.jsonl"
+        questions = own if own.exists() else ROOT / "data" / "periodic_table" / "train.jsonl"
+        num_questions = len(questions.read_text().splitlines())
         plan = [
             data_indices(step, num_questions=num_questions, groups_per_step=GROUPS_PER_STEP, seed=0)
             for step in range(1, steps + 1)

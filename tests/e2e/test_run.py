@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort.cli.__main__ import main as retort_main
 from tests.e2e.launched_run import GROUPS_PER_STEP, ROOT, LaunchedRun
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -148,9 +149,12 @@ def test_a_finished_run_leaves_no_process_no_port_and_no_shared_memory(finished:
     assert finished.leftovers() == NOTHING_LEFT
 
 
-def test_an_interrupted_run_and_one_whose_launcher_was_killed_are_resumed(run: LaunchedRun) -> None:
+def test_a_run_of_a_new_task_is_resumed_after_an_interruption_and_after_its_launcher_was_killed(
+    run: LaunchedRun, tmp_path: Path
+) -> None:
     steps = 8
-    run.start(trainer__steps=steps, checkpoint__every=2)
+    assert retort_main(["task", "new", "symbols", "--directory", str(tmp_path)]) == 0
+    run.start("--task", str(tmp_path / "symbols.py"), trainer__steps=steps, checkpoint__every=2)
     run.until_step(1)
     run.signal(signal.SIGINT)
     assert run.finish() == 130, run.tails()
@@ -170,6 +174,7 @@ def test_an_interrupted_run_and_one_whose_launcher_was_killed_are_resumed(run: L
     run.start("--resume")
     assert run.finish() == 0, run.tails()
     check_training(run, steps)
+    assert "val-core/symbols/acc/mean@4" in run.metrics()[-1]
     assert run.leftovers() == NOTHING_LEFT
 
 

@@ -24,6 +24,7 @@ RUN_BY = {
 
 RUN_HERE = [
     ("docs/extending.md", "retort checker new my_checker"),
+    ("docs/extending.md", "retort task new symbols"),
     ("docs/extending.md", "retort plan configs/tiny-cpu.toml"),
 ]
 """(page, beginning of a block) that is run as it stands."""
@@ -36,10 +37,7 @@ NOT_RUN = {
     ("deploy/README.md", "printf 'HEAD_ADDRESS"): "needs a second machine",
     ("deploy/README.md", "kubectl create namespace"): "needs a cluster; tests/unit/test_kubernetes.py checks the files",
     ("deploy/README.md", "sbatch"): "needs a cluster",
-    (
-        "docs/extending.md",
-        "cp configs",
-    ): "trains on questions of the reader; tests/e2e/test_run.py trains on the demo's",
+    ("docs/extending.md", "retort run"): "trains for minutes; tests/e2e/test_run.py trains on a new task",
     ("docs/data.md", "retort run"): "trains on questions of the reader; tests/e2e/test_run.py trains on the demo's",
     ("docs/index.md", "make demo"): "trains for minutes; tests/e2e/test_run.py",
     ("docs/operations.md", "retort run"): "trains for minutes; tests/e2e/test_run.py",
@@ -85,12 +83,12 @@ def test_a_block_of_the_documents_runs(known: tuple[str, str], tmp_path: Path) -
     [block] = [block for page, block in BLOCKS if is_listed(page, block, known)]
     for folder in ("configs", "models", "data"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    # The block's `retort` is this tree's, whatever the machine has on its PATH.
-    retort = f'retort() {{ {shlex.quote(sys.executable)} -m retort.cli "$@"; }}\n'
+    # The block's commands are this tree's, whatever the machine has on its PATH.
+    here = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\nretort() {{ python -m retort.cli "$@"; }}\n'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = ["bash", "-e", "-c", retort + block]
+    command = ["bash", "-e", "-c", here + block]
     ran = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert ran.returncode == 0, ran.stderr
 
