@@ -96,6 +96,8 @@ class RolloutGroup(Message, frozen=True, kw_only=True):
     rollouts: list[Rollout]
     generate_seconds: float
     score_seconds: float
+    began: float = 0.0
+    """Unix time at which sampling began, by the replica's clock; 0 where nobody noted it."""
 
     @property
     def oldest_policy_version(self) -> int:

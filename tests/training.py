@@ -85,6 +85,7 @@ def a_group(
         prompt_ids=list(prompt_ids),
         rollouts=list(rollouts),
         generate_seconds=0.5,
+        began=1000.0,
         score_seconds=0.25,
     )
 

@@ -18,7 +18,10 @@ COMMANDS = {
     "trace": ("retort.cli.trace", "which samples made an update, and what became of a group"),
     "report": ("retort.cli.report", "write a run's report.html"),
     "ui": ("retort.cli.ui", "serve a run's report while the run goes on"),
-    "track": ("retort.cli.track", "pass a run's metrics on to Weights & Biases, TensorBoard, MLflow or trackio"),
+    "track": (
+        "retort.cli.track",
+        "pass a run's metrics on to wandb, tensorboard, mlflow or trackio; its traces to otel",
+    ),
     "chat": ("retort.cli.chat", "talk to the model that a run made"),
     "serve": ("retort.cli.serve", "run one service on its own: retort serve reward"),
     "prepare": ("retort.cli.prepare", "make a data set's files, verified: retort prepare sciknoweval"),

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -55,6 +56,8 @@ class Group(msgspec.Struct, frozen=True):
     generate_seconds: float
     score_seconds: float
     rollouts: list[Sample]
+    began: float = 0.0
+    """Unix time of the replica; 0 in the files of an older retort."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,17 +140,30 @@ def traced_step(directory: Path, run: str, step: int) -> dict[str, Any]:
         steps = sorted(int(re.sub(r"\D", "", file.stem)) for file in directory.glob("rollouts/step-*.jsonl"))
         has = f"It has the groups of steps {steps[0]} to {steps[-1]}" if steps else "It has not finished a step yet"
         raise ConfigError(f"{directory} has no step {step}. {has}.")
-    groups = [msgspec.json.decode(line, type=Group) for line in _lines(file)]
     return {
         **_outcome(directory, step),
-        "groups": [traced_group(directory, run, group, is_trained=True) for group in groups],
+        "groups": [traced_group(directory, run, group, is_trained=True) for group in groups_of(directory, step)],
     }
+
+
+def groups_of(directory: Path, step: int) -> list[Group]:
+    """The groups that a step was made of; none of step 0."""
+    lines = _lines(directory / "rollouts" / f"step-{step:06d}.jsonl")
+    return [msgspec.json.decode(line, type=Group) for line in lines]
+
+
+def parts_of(directory: Path, step: int) -> dict[str, tuple[float, float]]:
+    """When each part of a step began and ended: Unix times, from its first beginning to its last end."""
+    times: dict[str, tuple[float, float]] = {}
+    for span in _spans(directory, step):
+        began, ended = times.get(span["part"], (math.inf, 0.0))
+        times[span["part"]] = min(began, span["end"] - span["seconds"]), max(ended, span["end"])
+    return times
 
 
 def _outcome(directory: Path, step: int) -> dict[str, Any]:
     """The version that a step made, when it was published, its metrics, and the seconds of its parts."""
-    spans = [json.loads(line) for line in _lines(directory / "timeline.jsonl")]
-    spans = [span for span in spans if span["step"] == step]
+    spans = _spans(directory, step)
     seconds: Counter[str] = Counter()
     for span in spans:
         seconds[span["part"]] += span["seconds"]
@@ -160,6 +176,11 @@ def _outcome(directory: Path, step: int) -> dict[str, Any]:
         "metrics": {name: metrics[name] for name in UPDATE_METRICS if name in metrics},
         "seconds": dict(seconds),
     }
+
+
+def _spans(directory: Path, step: int) -> list[dict[str, Any]]:
+    spans = (json.loads(line) for line in _lines(directory / "timeline.jsonl"))
+    return [span for span in spans if span["step"] == step]
 
 
 def group_lines(group: dict[str, Any]) -> list[str]:

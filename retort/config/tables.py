@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio"]
+TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio", "otel"]
 
 
 class Config(BaseModel):
@@ -246,7 +246,7 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     """Seeds data order and every sampled completion."""
     trackers: list[TrackerName] = []
-    """Where the metrics go beside metrics.jsonl; each needs the extra of its name."""
+    """Where the metrics go beside metrics.jsonl, and with `otel` traces; each needs the extra of its name."""
     model: ModelConfig
     data: DataConfig
     trainer: TrainerConfig

@@ -129,6 +129,7 @@ class Sampler:
         return item.min_policy_version <= min(versions) and max(versions) <= item.max_policy_version
 
     async def _group(self, item: WorkItem) -> RolloutGroup:
+        began = time.time()
         async with _timed(metrics.GENERATE_SECONDS.observe) as generate_seconds:
             sampled = await asyncio.gather(
                 *(self.engine.sample(item.prompt_ids, item.sampling, seed, urgent=True) for seed in item.seeds)
@@ -152,6 +153,7 @@ class Sampler:
             rollouts=[_rollout(*pair) for pair in zip(sampled, scored, strict=True)],
             generate_seconds=generate_seconds(),
             score_seconds=score_seconds(),
+            began=began,
         )
 
 

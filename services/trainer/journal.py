@@ -223,6 +223,7 @@ class RunJournal(Journal):
             "sampled_by": group.sampled_by,
             "generate_seconds": group.generate_seconds,
             "score_seconds": group.score_seconds,
+            "began": group.began,
             "prompt_ids": group.prompt_ids,
             "rollouts": rollouts,
         }

@@ -89,8 +89,8 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
         ),
         (
             'trackers=["wandbb"]',
-            "--set trackers=[\"wandbb\"]: trackers.0 = 'wandbb': Input should be 'wandb', 'tensorboard', 'mlflow' or "
-            "'trackio'. Did you mean 'wandb'?",
+            "--set trackers=[\"wandbb\"]: trackers.0 = 'wandbb': Input should be 'wandb', 'tensorboard', 'mlflow', "
+            "'trackio' or 'otel'. Did you mean 'wandb'?",
         ),
         ("trainer.steps", "--set trainer.steps: expected section.key=value, for example --set trainer.steps=5"),
         ("name.first=x", "--set name.first=x: name is not a table"),

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from retort.cli.track.otel import OpenTelemetry
 from retort.config import MissingDependencyError, RunConfig, TrackerName
 from retort.metrics_file import Metrics
 
@@ -25,7 +26,12 @@ class Tracker(Protocol):
 
 def check_installed(name: TrackerName) -> None:
     """Raises MissingDependencyError, which says what to install."""
-    if find_spec(name) is None:
+    module = "opentelemetry.exporter.otlp.proto.http" if name == "otel" else name
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # a part of its path is not there
+        found = None
+    if found is None:
         raise MissingDependencyError(f"tracker {name}: not installed. Run `pip install 'retort[{name}]'`.")
 
 
@@ -130,6 +136,7 @@ TRACKERS: Mapping[TrackerName, Callable[[RunConfig], Tracker]] = {
     "tensorboard": TensorBoard,
     "mlflow": MLflow,
     "trackio": Trackio,
+    "otel": OpenTelemetry,
 }
 """How each is opened for a run; one that knows the run already goes on with it."""
 
