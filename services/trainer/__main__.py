@@ -17,7 +17,7 @@ from retort.questions import Question
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.telemetry import die_with_parent, log_event, log_with, start_logging
 from retort.weight_sync import authorization
-from services.trainer.admission import StalledError, WorkList
+from services.trainer.admission import GivenUpError, StalledError, WorkList
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
 from services.trainer.fence import Fence
@@ -33,7 +33,7 @@ from services.trainer.train import train
 from services.trainer.weight_sender import WeightSender
 
 STOPPED = 130
-EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, DivergedError: 5, DiskFullError: 6}
+EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, GivenUpError: 4, DivergedError: 5, DiskFullError: 6}
 
 
 def main() -> int:
@@ -99,7 +99,11 @@ def run(config: RunConfig) -> int:
             )
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
         exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None, fence)
-        finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
+        try:
+            finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
+        except GivenUpError as error:
+            journal.keep_given_up(error.item, work.question(error.item), error.reason)
+            raise
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED

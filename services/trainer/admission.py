@@ -19,6 +19,14 @@ class StalledError(Exception):
     """Nothing came for too long, or cannot come any more. Its text says who is missing. Exit code 4."""
 
 
+class GivenUpError(StalledError):
+    """Work was set aside, because a completion is unscorable or because it failed too often. Exit code 4, too."""
+
+    def __init__(self, item: WorkItem, reason: str) -> None:
+        super().__init__(f"group {item.group_id} was given up: {reason}. Its work is in the dead-letter stream.")
+        self.item, self.reason = item, reason
+
+
 def data_indices(step: int, *, num_questions: int, groups_per_step: int, seed: int) -> tuple[int, list[int]]:
     """Epoch and questions of a step: a new permutation each epoch, its last partial batch dropped.
 
@@ -65,7 +73,7 @@ class WorkList:
             for q in self.validation
         ]
 
-    def question(self, group: RolloutGroup) -> Question:
+    def question(self, group: RolloutGroup | WorkItem) -> Question:
         """What the group was asked."""
         questions = self.train if group.kind == "train" else self.validation
         return questions[int(group.group_id.rpartition("-")[2])]
@@ -179,12 +187,10 @@ class GroupReader:
             del self._groups[group_id], self._entries[group_id]
 
     def _give_up_on_dead(self, missing: Sequence[WorkItem]) -> None:
-        ids = {item.group_id for item in missing}
+        items = {item.group_id: item for item in missing}
         for work in self.queue.dead():
-            if work.group_id in ids:
-                raise StalledError(
-                    f"group {work.group_id} was given up: {work.reason}. Its work is in the dead-letter stream."
-                )
+            if work.group_id in items:
+                raise GivenUpError(items[work.group_id], work.reason)
 
     def _stalled(self, missing: Sequence[WorkItem]) -> str:
         members = self.queue.members().values()

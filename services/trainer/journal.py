@@ -14,7 +14,7 @@ import msgspec
 from retort.config import RunConfig
 from retort.disk import writing
 from retort.questions import Question, question_text
-from retort.rollouts import RolloutGroup
+from retort.rollouts import RolloutGroup, WorkItem
 from retort.telemetry import log_event, log_with
 from services.trainer import gauges
 from services.trainer.batch import StepBatch
@@ -78,6 +78,9 @@ class Journal:
 
     def keep_step(self, step: KeptStep) -> None:
         """A step to which a guard objected, for `retort replay`."""
+
+    def keep_given_up(self, item: WorkItem, question: Question, reason: str) -> None:
+        """Work that nobody could finish, for example because a completion is unscorable."""
 
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         """The groups of a validation. Their metrics go into the line of that step, or one more if that is written."""
@@ -165,6 +168,12 @@ class RunJournal(Journal):
         with self._fence.held():
             _write_whole(kept_file(self._directory, step.step), [step.to_bytes()])
 
+    def keep_given_up(self, item: WorkItem, question: Question, reason: str) -> None:
+        path = self._directory / "given_up.jsonl"
+        asked = _asked(item, question)
+        with self._fence.held(), writing(path), path.open("ab") as file:
+            file.write(msgspec.json.encode(asked | {"time": time.time(), "reason": reason}) + b"\n")
+
     def keep_validation(self, version: int, groups: Sequence[tuple[RolloutGroup, Question]]) -> None:
         metrics = validation_metrics_of(groups)
         nothing = dict.fromkeys(LEARNED)
@@ -214,12 +223,7 @@ class RunJournal(Journal):
             for rollout, of_row in zip(group.rollouts, learned, strict=True)
         ]
         return {
-            "group_id": group.group_id,
-            "step": group.step,
-            "data_index": question.index,
-            "data_source": question.data_source,
-            "question": question_text(question),
-            "answer": question.answer,
+            **_asked(group, question),
             "sampled_by": group.sampled_by,
             "generate_seconds": group.generate_seconds,
             "score_seconds": group.score_seconds,
@@ -227,6 +231,17 @@ class RunJournal(Journal):
             "prompt_ids": group.prompt_ids,
             "rollouts": rollouts,
         }
+
+
+def _asked(group: RolloutGroup | WorkItem, question: Question) -> dict[str, Any]:
+    return {
+        "group_id": group.group_id,
+        "step": group.step,
+        "data_index": question.index,
+        "data_source": question.data_source,
+        "question": question_text(question),
+        "answer": question.answer,
+    }
 
 
 def _learned(batch: StepBatch) -> list[dict[str, Any]]:

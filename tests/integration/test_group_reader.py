@@ -10,7 +10,7 @@ from redis import Redis
 from retort.queues import RolloutQueue
 from retort.queues.protocol import checksum
 from services.trainer import admission
-from services.trainer.admission import GroupReader, StalledError
+from services.trainer.admission import GivenUpError, GroupReader, StalledError
 from tests.integration.queue_run import Run, a_group, a_member, an_item
 
 ITEMS = [an_item(f"0-{index:06d}") for index in range(4)]
@@ -135,8 +135,9 @@ def test_work_that_was_given_up_ends_the_wait_naming_group_and_reason(run: Run) 
     reader = a_reader(run)
     replica = run.replica()
     run.wait(replica.bury(run.take(replica)[2], "the prompt is longer than the engine takes"))
-    with pytest.raises(StalledError, match="0-000002 was given up: the prompt is longer than the engine takes"):
+    with pytest.raises(GivenUpError, match="0-000002 was given up: the prompt is longer than the engine takes") as end:
         reader.collect(ITEMS)
+    assert (end.value.item, end.value.reason) == (ITEMS[2], "the prompt is longer than the engine takes")
 
 
 def test_dead_work_of_another_step_does_not_end_the_wait(run: Run) -> None:

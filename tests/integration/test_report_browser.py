@@ -51,6 +51,9 @@ def write_step(run_dir: Path, groups: int) -> None:
             rollouts[0] |= {"format_ok": False, "parsed": ""}
         lines.append(a_group(*rollouts, data_index=index, question=f"Question {index}?"))
     write_lines(run_dir / "rollouts/step-000001.jsonl", lines)
+    asked = {"question": "Question 900?", "answer": "B", "group_id": "0-000900"}
+    reasons = ["work failed 4 times", "completion 3 is unscorable: no units in '18'"]
+    write_lines(run_dir / "given_up.jsonl", [asked | {"reason": reason} for reason in reasons])
     write_lines(run_dir / "metrics.jsonl", [{"step": step, "critic/score/mean": 0.5} for step in (1, 2)])
     ended = {"wait_groups": 3.0, "update": 5.0}
     spans = [{"part": part, "step": 1, "end": 1000.0 + end, "seconds": 2.0} for part, end in ended.items()]
@@ -81,13 +84,16 @@ def test_four_tabs_open_by_click_by_arrow_and_by_number(page: Page, run_dir: Pat
 def test_filters_leave_the_questions_that_they_name(page: Page, run_dir: Path) -> None:
     write_step(run_dir, groups=20)
     page.goto(f"{build_report(run_dir).as_uri()}#rollouts")
-    assert shown_questions(page) == 20
-    for kind, count in (("wrong", 10), ("uniform", 10), ("longest", 1), ("unread", 1), ("", 20)):
+    assert shown_questions(page) == 21
+    for kind, count in (("wrong", 10), ("uniform", 10), ("longest", 1), ("unread", 1), ("unscorable", 1), ("", 21)):
         page.click(f"[data-filter='{kind}']")
         assert shown_questions(page) == count
         assert page.get_attribute(f"[data-filter='{kind}']", "aria-pressed") == "true"
     page.click("[data-filter='longest']")
     assert page.locator("details[data-kinds]:not([hidden]) .title").inner_text() == "Question 2?"
+    page.click("[data-filter='unscorable']")
+    assert "group 0-000900: completion 3 is unscorable: no units in '18'" in page.locator("#rollouts").inner_text()
+    assert "work failed 4 times" not in page.locator("#rollouts").inner_text()
 
 
 def test_two_thousand_rollouts_fit_and_a_filter_answers_at_once(page: Page, run_dir: Path) -> None:

@@ -25,7 +25,7 @@ class Series:
     points: Points
     """(step, value), ascending."""
     colour: int
-    """1 to 8, a class of the style sheet."""
+    """1 to 9, a class of the style sheet; 0 is none."""
     look: str = "line"
     """`line`; `dots` for a value that exists at few steps; `faint` for the noise behind a mean."""
 

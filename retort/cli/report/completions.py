@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retort.cli.report.charts import number
-from retort.cli.report.run_files import GroupLine, RolloutLine, Run, TrainingStep, Validation
+from retort.cli.report.run_files import GivenUpLine, GroupLine, RolloutLine, Run, TrainingStep, Validation
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -80,7 +80,7 @@ def load_tokenizer(*directories: Path) -> "Tokenizer | None":
 def completions(run: Run, style: Style) -> str:
     """The rollouts tab: validation before and after, then the first and the last training step."""
     parts = [_validation(run.validations, style)] if run.validations else []
-    if run.training:
+    if run.training or run.given_up:
         parts.append(_filters(run, style))
     for index, training in enumerate(run.training):
         shown = training.groups[: style.detail.questions]
@@ -90,14 +90,18 @@ def completions(run: Run, style: Style) -> str:
         lead = _training_lead(training, style) if index == 0 else ""
         questions = "".join(_training_question(i, group, style) for i, group in enumerate(shown))
         parts.append(f'<section><h2>{title}</h2>{lead}<div class="questions">{questions}</div></section>')
+    if run.given_up:
+        parts.append(_given_up(run.given_up))
     return "".join(parts) or '<p class="empty">No group has been finished yet.</p>'
 
 
+UNSCORABLE = "unscorable"
 KINDS = {
     "wrong": "with a wrong completion",
     "uniform": "zero variance",
     "longest": "longest tenth",
     "unread": "no answer read",
+    UNSCORABLE: "unscorable",
 }
 """Filter -> what its button says."""
 
@@ -116,6 +120,8 @@ def kinds_of(group: GroupLine, style: Style) -> list[str]:
 def _filters(run: Run, style: Style) -> str:
     shown = [group for training in run.training for group in training.groups[: style.detail.questions]]
     counts = Counter(kind for group in shown for kind in kinds_of(group, style))
+    counts[UNSCORABLE] = len(run.given_up)
+    everything = len(shown) + len(run.given_up)
     buttons = "".join(
         f'<button type="button" data-filter="{kind}" aria-pressed="false">{text} <b>{counts[kind]}</b></button>'
         for kind, text in KINDS.items()
@@ -123,7 +129,7 @@ def _filters(run: Run, style: Style) -> str:
     return (
         '<div class="filters" role="group" aria-label="Training questions to show" hidden>'
         "<span>Training questions</span>"
-        f'<button type="button" data-filter="" aria-pressed="true">all <b>{len(shown)}</b></button>{buttons}'
+        f'<button type="button" data-filter="" aria-pressed="true">all <b>{everything}</b></button>{buttons}'
         '<p class="empty" role="status"></p></div>'
     )
 
@@ -133,7 +139,6 @@ def _training_lead(training: TrainingStep, style: Style) -> str:
         "Questions of the step, those with right and wrong completions first, since only they teach: "
         "a completion’s <b>advantage</b> is its reward minus the mean of its siblings."
     )
-    text += " A completion that nobody could score is not here: it ends the run, which then names it."
     if not any(rollout.token_weights for group in training.groups for rollout in group.rollouts):
         return f'<p class="lead">{text}</p>'
     if style.tokenizer is None:
@@ -144,6 +149,22 @@ def _training_lead(training: TrainingStep, style: Style) -> str:
         f"in the first {style.detail.weighted} questions of each step. Point at a token for its number."
     )
     return f'<p class="lead">{text}</p>{_legend(style.weight_range)}'
+
+
+def _given_up(groups: Sequence[GivenUpLine]) -> str:
+    lead = (
+        "A completion that nobody could score has no reward, not a reward of 0, so its group was set aside and the run "
+        "ended, naming it; so it does with work that failed too often. A resumed run asks for the group again."
+    )
+    questions = "".join(
+        f'<details data-kinds="{UNSCORABLE}" open><summary><span class="title">{_title(group.question)}</span>'
+        f"</summary>{_prompt(group)}<p>group {escape(f'{group.group_id}: {_short(group.reason, 2000)}')}</p></details>"
+        for group in groups
+    )
+    return (
+        f'<section><h2>Given up <small>{len(groups)} groups</small></h2><p class="lead">{lead}</p>'
+        f'<div class="questions">{questions}</div></section>'
+    )
 
 
 def _legend(weight_range: float) -> str:
@@ -274,12 +295,21 @@ def _distinct(group: GroupLine, style: Style) -> str:
 
 
 def _question(group: GroupLine, badge: str, body: str, first: bool, kinds: Sequence[str] | None = None) -> str:
-    title = escape(_short(group.question.strip().split("\n")[0], 110))
     marks = (' data-kinds="' + " ".join(kinds) + '"' if kinds is not None else "") + (" open" if first else "")
     return (
-        f'<details{marks}><summary><span class="title">{title}</span>{badge}</summary>'
+        f'<details{marks}><summary><span class="title">{_title(group.question)}</span>{badge}</summary>'
+        f"{_prompt(group)}{body}</details>"
+    )
+
+
+def _title(question: str) -> str:
+    return escape(_short(question.strip().split("\n")[0], 110))
+
+
+def _prompt(group: GroupLine | GivenUpLine) -> str:
+    return (
         f'<div class="prompt"><pre>{escape(_without_middle(group.question, 4000))}</pre>'
-        f"<p>right answer <b>{escape(_short(group.answer))}</b></p></div>{body}</details>"
+        f"<p>right answer <b>{escape(_short(group.answer))}</b></p></div>"
     )
 
 

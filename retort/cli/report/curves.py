@@ -19,6 +19,7 @@ TIMINGS = {
     "weight_sync": "weight sync",
     "checkpoint": "checkpoint",
     "validation": "validation",
+    "wait_replica": "waiting for a replica",
 }
 
 
@@ -163,11 +164,12 @@ def _plain(run: Run) -> list[str]:
 
 
 def _step_time(run: Run) -> str:
-    """All the time as one bar; then step by step, without validation, which would dwarf the steps."""
+    """All the time as one bar; then step by step, without start and validation, which would dwarf the steps."""
     parts: dict[str, Points] = {label: run.points(f"timing_s/{name}") for name, label in TIMINGS.items()}
     parts["other"] = _rest(run.points("timing_s/step"), parts.values())
     seconds_of = {label: sum(seconds for _, seconds in points) for label, points in parts.items() if points}
-    steps = {label: points for label, points in parts.items() if points and label != "validation"}
+    trained = {label: [point for point in points if point[0] > 0] for label, points in parts.items()}
+    steps = {label: points for label, points in trained.items() if points and label != "validation"}
     together = sum(seconds_of.values())
     if not steps or not together:
         return ""
@@ -181,8 +183,8 @@ def _step_time(run: Run) -> str:
         f"seconds per step, of {number(together)} s in all",
         f'<div class="shares" aria-hidden="true">{shares}</div>{bar_chart(steps, colours)}',
         [(label, colours[label], f"{100 * seconds / together:.0f} %") for label, seconds in seconds_of.items()],
-        "Above all the time, below each step without validation. Waiting for groups is the rollout services’ share. "
-        "Bad: a part that grows step by step, or waiting that dwarfs the updates (add rollout services).",
+        "Above all the time since the trainer was ready, below each step without validation. "
+        "Waiting for groups is the rollout services’ share. Bad: a part that grows step by step, or waiting that dwarfs the updates (add rollout services).",
         wide=True,
     )
 

@@ -52,6 +52,15 @@ class GroupLine(msgspec.Struct, frozen=True):
         return [rollout.reward for rollout in self.rollouts]
 
 
+class GivenUpLine(msgspec.Struct, frozen=True):
+    """A group that nobody could finish."""
+
+    group_id: str
+    question: str
+    answer: str
+    reason: str
+
+
 class _RewardLine(msgspec.Struct, frozen=True):
     reward: float
 
@@ -107,6 +116,8 @@ class Run:
     """The first and the last step, or the only one, or none."""
     validations: Sequence[Validation]
     """The first and the last validation, or the only one, or none."""
+    given_up: Sequence[GivenUpLine]
+    """Each group once, with the last reason."""
 
     @property
     def name(self) -> str:
@@ -146,6 +157,7 @@ def read_run(directory: Path) -> Run:
         status=read_run_status(directory),
         training=[TrainingStep(step, _informative_groups(file)) for step, file in _ends(rollout_files)],
         validations=_validations(_ends(validation_files)),
+        given_up=[*{one.group_id: one for one in _parsed(directory / "given_up.jsonl", GivenUpLine)}.values()],
     )
 
 

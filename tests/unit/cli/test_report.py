@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,17 @@ def test_step_time_not_named_by_any_part_is_other(run_dir: Path) -> None:
     shares = curves(read_run(run_dir))
     for share in ("waiting for groups <b>50 %", "updates <b>25 %", "other <b>25 %"):
         assert share in shares
+
+
+def test_the_start_is_a_share_of_its_own_and_no_bar(run_dir: Path) -> None:
+    start = {"step": 0, "timing_s/step": 30.0, "timing_s/wait_replica": 24.0, "timing_s/validation": 6.0}
+    line = {"step": 1, "timing_s/step": 10.0, "timing_s/update": 10.0}
+    write_lines(run_dir / "metrics.jsonl", [start, line])
+    shares = curves(read_run(run_dir))
+    for share in ("waiting for a replica <b>60 %", "validation <b>15 %", "updates <b>25 %", "other <b>0 %"):
+        assert share in shares
+    [hover] = re.findall(r'data-hover="([^"]*together[^"]*)"', shares)
+    assert json.loads(unescape(hover))["x"] == ["1"]
 
 
 def test_a_character_of_several_tokens_is_carried_by_the_last() -> None:

@@ -12,6 +12,7 @@ from services.trainer.journal import Journal, RunJournal
 from services.trainer.moments import moments
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from tests.integration.queue_run import an_item
 from tests.training import a_batch, a_config, a_group, a_question, a_rollout
 
 UPDATE = Update(0.25, 1.5, 1e-3, torch.stack([moments(torch.ones(1))] * 3), torch.stack([moments(torch.ones(1))] * 4))
@@ -244,3 +245,23 @@ def test_other_ranks_write_nothing_and_take_part_in_gathering_token_weights(mesh
     journal.record(batch, [UPDATE], SyncReport())
     assert batch.token_weights.tolist() == pytest.approx([1.0, 1.0, 0.9, 0.0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_work_that_was_given_up_is_noted_with_its_question_and_the_reason(
+    mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]
+) -> None:
+    journal = a_journal(tmp_path, progress)
+    for reason in ("completion 0 is unscorable: answer is empty", "failed 4 times"):
+        journal.keep_given_up(an_item("0-000017", step=3), QUESTIONS[17], reason)
+    first, second = lines(tmp_path / "given_up.jsonl")
+    assert first.pop("time") > 0
+    assert first == {
+        "group_id": "0-000017",
+        "step": 3,
+        "data_index": 17,
+        "data_source": "toy",
+        "question": "Question 17?",
+        "answer": "C",
+        "reason": "completion 0 is unscorable: answer is empty",
+    }
+    assert second["reason"] == "failed 4 times"
