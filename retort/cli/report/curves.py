@@ -184,7 +184,8 @@ def _step_time(run: Run) -> str:
         f'<div class="shares" aria-hidden="true">{shares}</div>{bar_chart(steps, colours)}',
         [(label, colours[label], f"{100 * seconds / together:.0f} %") for label, seconds in seconds_of.items()],
         "Above all the time since the trainer was ready, below each step without validation. "
-        "Waiting for groups is the rollout services’ share. Bad: a part that grows step by step, or waiting that dwarfs the updates (add rollout services).",
+        "Waiting for groups is the rollout services’ share. "
+        "Bad: a part that grows step by step, or waiting that dwarfs the updates (add rollout services).",
         wide=True,
     )
 
