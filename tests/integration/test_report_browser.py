@@ -1,7 +1,9 @@
-"""The report in a real browser: tabs by key, filters, both colour schemes, 2,000 rollouts, no complaint."""
+"""In a real browser: the report by key, click and colour scheme, 2,000 rollouts, no complaint; the site, too."""
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from retort.cli.report import MAX_BYTES, build_report
+from tests.reward_service import ROOT
 from tests.unit.cli.test_report import a_group, a_rollout, run_dir, write_lines
 
 __all__ = ["run_dir"]
@@ -135,3 +138,11 @@ def test_nothing_is_wider_than_a_telephone(page: Page, run_dir: Path) -> None:
     for key in "1234":
         page.keyboard.press(key)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, key
+
+
+def test_the_documentation_site_opens_from_disk_and_asks_nobody(page: Page, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, timeout=240)
+    page.goto((tmp_path / "architecture.html").as_uri())
+    page.wait_for_load_state("networkidle")
+    assert page.locator("img[src='one-step.svg']").evaluate("picture => picture.naturalWidth") > 0

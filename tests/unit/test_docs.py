@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -108,14 +109,21 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-class _Loader(yaml.SafeLoader):
-    """mkdocs names a Python function by a tag of its own."""
-
-
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
+def test_the_picture_on_the_site_says_what_the_diagram_says() -> None:
+    [(page, diagram)] = [
+        (relative(page), block)
+        for page in PAGES
+        for block in re.findall(r"^```mermaid\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    assert page == "docs/architecture.md"
+    picture = (ROOT / "docs" / "one-step.svg").read_text()
+    drawn = "".join(unescape(re.sub("<[^>]+>", "", picture)).split())
+    texts = re.findall(r"(?:: | as )(.+)$", diagram, re.MULTILINE)
+    assert len(texts) == 19  # four who speak, fifteen messages
+    assert [text for text in texts if "".join(text.split()) not in drawn] == []
 
 
 def test_every_page_is_in_the_site() -> None:
-    site = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=_Loader)
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = set(re.findall(r"[\w-]+\.md", str(site["nav"])))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

@@ -158,13 +158,14 @@ def _given_up(groups: Sequence[GivenUpLine]) -> str:
     )
     questions = "".join(
         f'<details data-kinds="{UNSCORABLE}" open><summary><span class="title">{_title(group.question)}</span>'
-        f"</summary>{_prompt(group)}<p>group {escape(f'{group.group_id}: {_short(group.reason, 2000)}')}</p></details>"
+        f"</summary>{_prompt(group)}{_reason(group)}</details>"
         for group in groups
     )
-    return (
-        f'<section><h2>Given up <small>{len(groups)} groups</small></h2><p class="lead">{lead}</p>'
-        f'<div class="questions">{questions}</div></section>'
-    )
+    return f'<section><h2>Given up</h2><p class="lead">{lead}</p><div class="questions">{questions}</div></section>'
+
+
+def _reason(group: GivenUpLine) -> str:
+    return f'<div class="prompt"><pre>{escape(f"group {group.group_id}: {_short(group.reason, 2000)}")}</pre></div>'
 
 
 def _legend(weight_range: float) -> str:
