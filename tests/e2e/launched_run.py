@@ -57,13 +57,13 @@ class LaunchedRun:
                 stderr=subprocess.STDOUT,
             )
 
-    def finish(self, timeout_s: float = 420.0) -> int:
+    def finish(self, timeout_s: float = 600.0) -> int:
         """Wait for the end of the run and return its exit code."""
         self.until(lambda: self.launcher.poll() is not None, "the end of the run", timeout_s, goes_on=False)
         return self.launcher.returncode
 
     def until(
-        self, condition: Callable[[], bool], what: str, timeout_s: float = 420.0, *, goes_on: bool = True
+        self, condition: Callable[[], bool], what: str, timeout_s: float = 600.0, *, goes_on: bool = True
     ) -> None:
         """Wait; the error names what for and shows the logs. `goes_on`: the launcher must not end meanwhile."""
         deadline = time.monotonic() + timeout_s

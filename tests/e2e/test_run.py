@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.cli.__main__ import main as retort_main
 from tests.e2e.launched_run import GROUPS_PER_STEP, ROOT, LaunchedRun
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 STEPS = 3
 CLOSE = 1e-4
