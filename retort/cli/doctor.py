@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from redis.exceptions import RedisError
 
+from retort.cli.invocation import command
 from retort.cli.liveness import condition
 from retort.cli.status import newest_run, open_view, read_status, replicas_shown, status_lines
 from retort.config import RunConfig, TrackerName, load_config
@@ -138,7 +139,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         _groups_are_in_work,
     )
     found = (rule(evidence) for rule in rules)
-    nothing = Diagnosis("nobody", "anybody", 0.0, _progress_in_words(evidence), "retort status")
+    nothing = Diagnosis("nobody", "anybody", 0.0, _progress_in_words(evidence), command("status"))
     return next((diagnosis for diagnosis in found if diagnosis), nothing)
 
 
@@ -152,10 +153,10 @@ def _run_has_ended(evidence: Evidence) -> Diagnosis | None:
     code = evidence.status["exit_code"]
     if code is None:
         return None
-    command = f"retort report {evidence.directory}" if code == 0 else _resume(evidence)
+    action = command("report", evidence.directory) if code == 0 else _resume(evidence)
     ago = evidence.now - evidence.status["updated"]
     why = f"the run has ended ({evidence.status['phase']}, exit code {code})"
-    return Diagnosis("nobody", "anybody", ago, why, command)
+    return Diagnosis("nobody", "anybody", ago, why, action)
 
 
 def _launcher_is_gone(evidence: Evidence) -> Diagnosis | None:
@@ -172,7 +173,7 @@ def _launcher_is_gone(evidence: Evidence) -> Diagnosis | None:
 
 
 def _resume(evidence: Evidence) -> str:
-    return f"retort run {evidence.directory / 'config.toml'} --resume"
+    return command("run", evidence.directory / "config.toml", "--resume")
 
 
 def _process_is_down(evidence: Evidence) -> Diagnosis | None:
@@ -216,8 +217,8 @@ def _work_was_given_up(evidence: Evidence) -> Diagnosis | None:
     if not evidence.dead:
         return None
     work = evidence.dead[-1]
-    command = f"retort dead show {evidence.directory} {work.entry_id}"
-    return Diagnosis("trainer", f"group {work.group_id}", evidence.waited_s, f"it was given up: {work.reason}", command)
+    action = command("dead", "show", evidence.directory, work.entry_id)
+    return Diagnosis("trainer", f"group {work.group_id}", evidence.waited_s, f"it was given up: {work.reason}", action)
 
 
 def _trainer_is_silent(evidence: Evidence) -> Diagnosis | None:
@@ -277,4 +278,4 @@ def _groups_are_in_work(evidence: Evidence) -> Diagnosis | None:
         return None
     holder = f" by {evidence.lease.replica}" if evidence.lease else ""
     why = f"{flight.leased} are being sampled{holder}, {flight.waiting} wait for a replica, {flight.finished} are there"
-    return Diagnosis("trainer", waiting_for, evidence.waited_s, why, "retort status")
+    return Diagnosis("trainer", waiting_for, evidence.waited_s, why, command("status"))

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from retort.cli.invocation import command
 from retort.cli.track.trackers import check_installed
 from retort.config import ConfigError, MissingDependencyError, RunConfig
 from retort.questions import asked_in_both, questions_of
@@ -87,9 +88,10 @@ def check_services(config: RunConfig) -> None:
     if url := redis_url(config):
         connect(url, IMPATIENT).close()
     if config.reward.address and not is_listening(config.reward.address):
+        start = command("serve", "reward", "--port", "PORT")
         raise ConfigError(
             f"reward.address = {config.reward.address}: nothing listens there. "
-            "Start it (`retort serve reward --port PORT`), or leave the key out to let the run start its own."
+            f"Start it (`{start}`), or leave the key out to let the run start its own."
         )
 
 

@@ -158,7 +158,7 @@ def python_path(directory: Path) -> Mapping[str, str]:
 
 def _namespace(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
-        raise ConfigError(f"--task {file}: no such file. `retort task new NAME` writes one.")
+        raise ConfigError(f"--task {file}: no such file. `{command('task', 'new', 'NAME')}` writes one.")
     return runpy.run_path(str(file), run_name=MODULE)
 
 

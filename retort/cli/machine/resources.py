@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from retort.cli import preflight
+from retort.cli.invocation import command
 from retort.cli.machine.finding import Answer, failed, ok, warning
 from retort.cli.plan.model_shape import read_shape
 from retort.cli.process_table import visible_gpus
@@ -29,7 +30,8 @@ def questions(config: RunConfig) -> Answer:
     try:
         train, validation = questions_of(config)
     except ConfigError as error:
-        return failed(str(error).rstrip("."), "Correct [data], or make the file: `retort prepare` has published ones.")
+        fix = f"Correct [data], or make the file: `{command('prepare')}` has published ones."
+        return failed(str(error).rstrip("."), fix)
     return ok(f"{len(train)} questions to train on, {len(validation)} to validate with")
 
 
