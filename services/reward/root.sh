@@ -12,7 +12,7 @@ linked=$(find /venv "$library" \( -name '*.so*' -o -path /venv/bin/python \) -ex
 linked=$(echo "$linked" | grep -o '/[^ ]*\.so[^ :]*' | grep -v -e ^/venv -e "^$library" | sed 's,^/lib,/usr/lib,' | sort -u)
 
 mkdir -p "$root/tmp" && chmod 1777 "$root/tmp"
-cp --archive --parents /lib /lib64 /etc/ld.so.cache /etc/passwd /etc/group /usr/share/zoneinfo /venv "$library" "$root"
+cp --archive --parents /lib* /etc/ld.so.cache /etc/passwd /etc/group /usr/share/zoneinfo /venv "$library" "$root"
 cp --parents $linked "$root"
 
 # A venv of copies holds Python three times, and sympy brings 20 MB of tests.
