@@ -1,4 +1,4 @@
-"""Which rank computes which sequences together: token-balanced, packed micro-batches.
+"""Which rank computes which sequences together: packed micro-batches, balanced by what they cost.
 
 Every rank knows the whole step and works out the same plan, so nothing has to be communicated, and all ranks make the
 same number of passes: FSDP's collectives would otherwise wait for ever.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,37 @@ class MicroBatch:
     """[N] the completion tokens."""
 
 
-def plan(lengths: Sequence[int], *, ranks: int, token_budget: int) -> list[list[list[int]]]:
+def attention_parity(language_model: PreTrainedModel) -> float:
+    """The length in tokens at which attention costs a sequence as much as all other products of the blocks.
+
+    A token costs 2 operations a weight w of the blocks, and attention over n tokens 2 x 2 x layers x heads x head size,
+    half of it masked (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; the mask counted). So a sequence of n tokens
+    costs 2wn + 2hn^2 with h = layers x heads x head size, and parity is w / h. The head's part, which only completion
+    tokens have, is left out.
+    """
+    config = language_model.config
+    weights = sum(parameter.numel() for parameter in language_model.model.layers.parameters())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return float(weights / (config.num_hidden_layers * config.num_attention_heads * head_dim))
+
+
+def plan(lengths: Sequence[int], *, ranks: int, token_budget: int, parity: float) -> list[list[list[int]]]:
     """Deal sequences to ranks and micro-batches: [ranks][passes][...] indices into `lengths`.
 
-    Longest first to the rank with the fewest tokens, then first-fit into micro-batches of at most `token_budget`
-    tokens; a longer sequence gets one of its own. Every rank has the same number of micro-batches, some of them empty.
+    A sequence of n tokens costs n + n^2 / `parity`. Dearest first to the rank with the least to do, then first-fit into
+    micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own. Every rank has the same
+    number of micro-batches, some of them empty. They go dearest first, since in a pass all ranks wait for the slowest.
     """
-    loads = [0] * ranks
+    costs = [length + length**2 / parity for length in lengths]
+    loads = [0.0] * ranks
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rank = loads.index(min(loads))
         dealt[rank].append(index)
-        loads[rank] += lengths[index]
+        loads[rank] += costs[index]
     packed = [_first_fit(indices, lengths, token_budget) for indices in dealt]
+    for bins in packed:
+        bins.sort(key=lambda indices: -sum(costs[index] for index in indices))
     passes = max(len(bins) for bins in packed)
     return [bins + [[] for _ in range(passes - len(bins))] for bins in packed]
 

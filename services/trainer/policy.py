@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
-from services.trainer.packing import MicroBatch, pack, plan
+from services.trainer.packing import MicroBatch, attention_parity, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
 from services.trainer.weight_copy import WeightCopy
 
@@ -41,6 +41,7 @@ class Policy:
         self._dtype = dtype
         self._temperature = temperature
         self._token_budget = config.micro_batch_tokens
+        self._parity = attention_parity(language_model)
         self._max_grad_norm = config.max_grad_norm
         if config.activation_checkpointing:
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,8 +75,8 @@ class Policy:
         """This rank's share of the rows, packed. Every rank gets equally many micro-batches, some without rows."""
         completions = batch.completions
         lengths = [len(prompts[row] or ()) + len(completions[row]) for row in rows]
-        share = plan(lengths, ranks=self.ranks, token_budget=self._token_budget)[self.rank]
-        for indices in share:
+        shares = plan(lengths, ranks=self.ranks, token_budget=self._token_budget, parity=self._parity)
+        for indices in shares[self.rank]:
             yield pack([rows[index] for index in indices], prompts, completions, self.device)
 
     @torch.no_grad()
