@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from retort.config import MethodConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.operations import ModelCost
 from services.trainer.policy import Policy
 from services.trainer.update import update_policy
 from tests.training import a_batch, a_group, a_rollout
@@ -206,17 +207,9 @@ def matmul_rate() -> float:
 
 
 def operations(model: Any, batch: StepBatch) -> float:
-    """Of forward and backward of an update, without what is computed twice: 3 x 2 a weight and token, and attention.
-
-    The head counts for completion tokens only, the embedding not at all; a token attends to half of its sequence.
-    """
-    config = model.config
-    head = model.lm_head.weight.numel()
-    body = sum(p.numel() for p in model.model.layers.parameters())
+    """Of forward and backward of an update, without what is computed twice."""
     lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    squares = sum(length**2 for length in lengths)
-    return 6.0 * (body * sum(lengths) + head * int(batch.lengths.sum()) + heads * squares)
+    return 3 * ModelCost.of(model).forward(lengths, int(batch.lengths.sum()))
 
 
 def side_by_side(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.ranks import gather_all
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from services.trainer.work import Work, work_metrics
 
 Decode = Callable[[Sequence[int]], str]
 PHASES = {
@@ -72,7 +73,7 @@ class Journal:
     def record_untrained(self) -> None:
         """The line of step 0."""
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
         """The line of a step, and its groups. A collective: the token weights lie on the rank that computed them."""
         batch.token_weights = gather_all(batch.token_weights).sum(0)
 
@@ -142,13 +143,16 @@ class RunJournal(Journal):
         with self._fence.held():
             self._append(0, {})
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
-        super().record(batch, updates, report)
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
+        super().record(batch, updates, report, work)
         self._version = batch.step
         longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
         metrics = step_metrics(batch, updates, longest, max_ratio)
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
+        metrics |= work_metrics(work, self._seconds)
+        metrics["timing_s/snapshot"] = max(0.0, self._seconds.get("weight_sync", 0.0) - report.seconds)
+        metrics["timing_s/broadcast"] = report.phase_seconds.get("transfer", 0.0)
         rows = iter(_learned(batch))
         lines = [
             self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups

@@ -6,10 +6,10 @@ same number of passes: FSDP's collectives would otherwise wait for ever.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,32 +24,21 @@ class MicroBatch:
     """[1, T] counted from 0 within each sequence."""
     sequence_lengths: list[int]
     """[S] tokens of each sequence; they add up to T."""
+    sequence_bounds: Tensor
+    """[S + 1] int32: where each sequence starts, and T."""
     predicting: Tensor
     """[N] position whose output predicts the completion token; for the first that is the last token of the prompt."""
     targets: Tensor
     """[N] the completion tokens."""
 
 
-def attention_parity(language_model: PreTrainedModel) -> float:
-    """The length in tokens at which attention costs a sequence as much as all other products of the blocks.
-
-    A token costs 2 operations a weight w of the blocks, and attention over n tokens 2 x 2 x layers x heads x head size,
-    half of it masked (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; the mask counted). So a sequence of n tokens
-    costs 2wn + 2hn^2 with h = layers x heads x head size, and parity is w / h. The head's part, which only completion
-    tokens have, is left out.
-    """
-    config = language_model.config
-    weights = sum(parameter.numel() for parameter in language_model.model.layers.parameters())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return float(weights / (config.num_hidden_layers * config.num_attention_heads * head_dim))
-
-
 def plan(lengths: Sequence[int], *, ranks: int, token_budget: int, parity: float) -> list[list[list[int]]]:
     """Deal sequences to ranks and micro-batches: [ranks][passes][...] indices into `lengths`.
 
-    A sequence of n tokens costs n + n^2 / `parity`. Dearest first to the rank with the least to do, then first-fit into
-    micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own. Every rank has the same
-    number of micro-batches, some of them empty. They go dearest first, since in a pass all ranks wait for the slowest.
+    A sequence of n tokens costs n + n^2 / `parity` (`ModelCost`). Dearest first to the rank with the least to do, then
+    first-fit into micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own. Every rank has
+    the same number of micro-batches, some of them empty. They go dearest first, since in a pass all ranks wait for the
+    slowest.
     """
     costs = [length + length**2 / parity for length in lengths]
     loads = [0.0] * ranks
@@ -99,6 +88,7 @@ def pack(
         input_ids=torch.tensor([[token for sequence in sequences for token in sequence]], device=device),
         position_ids=torch.tensor([[position for length in lengths for position in range(length)]], device=device),
         sequence_lengths=lengths,
+        sequence_bounds=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
         predicting=torch.tensor(predicting, dtype=torch.long, device=device),
         targets=torch.tensor([token for row in rows for token in completions[row]], dtype=torch.long, device=device),
     )
