@@ -96,6 +96,8 @@ class RolloutGroup(Message, frozen=True, kw_only=True):
     rollouts: list[Rollout]
     generate_seconds: float
     score_seconds: float
+    scored_at: float = 0.0
+    """Unix time, on the replica's clock, at which the last reward was there. 0 in the files of an older Retort."""
 
     @property
     def oldest_policy_version(self) -> int:

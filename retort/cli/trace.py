@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from retort.cli.bottleneck import bottleneck
 from retort.cli.status import newest_run
 from retort.config import ConfigError, load_config
 from retort.metrics_file import read_metrics
@@ -55,6 +56,8 @@ class Group(msgspec.Struct, frozen=True):
     generate_seconds: float
     score_seconds: float
     rollouts: list[Sample]
+    scored_at: float = 0.0
+    """Unix time; 0 in the files of an older retort."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +98,7 @@ def find_group(directory: Path, group_id: str) -> tuple[Path, Group]:
     known = []
     files = sorted(directory.glob("rollouts/step-*.jsonl")) + sorted(directory.glob("validation/step-*.jsonl"))
     for file in files:
-        for line in _lines(file):
+        for line in whole_lines(file):
             name = msgspec.json.decode(line, type=_Name).group_id
             if name == group_id:
                 return file, msgspec.json.decode(line, type=Group)
@@ -137,7 +140,7 @@ def traced_step(directory: Path, run: str, step: int) -> dict[str, Any]:
         steps = sorted(int(re.sub(r"\D", "", file.stem)) for file in directory.glob("rollouts/step-*.jsonl"))
         has = f"It has the groups of steps {steps[0]} to {steps[-1]}" if steps else "It has not finished a step yet"
         raise ConfigError(f"{directory} has no step {step}. {has}.")
-    groups = [msgspec.json.decode(line, type=Group) for line in _lines(file)]
+    groups = [msgspec.json.decode(line, type=Group) for line in whole_lines(file)]
     return {
         **_outcome(directory, step),
         "groups": [traced_group(directory, run, group, is_trained=True) for group in groups],
@@ -146,7 +149,7 @@ def traced_step(directory: Path, run: str, step: int) -> dict[str, Any]:
 
 def _outcome(directory: Path, step: int) -> dict[str, Any]:
     """The version that a step made, when it was published, its metrics, and the seconds of its parts."""
-    spans = [json.loads(line) for line in _lines(directory / "timeline.jsonl")]
+    spans = [json.loads(line) for line in whole_lines(directory / "timeline.jsonl")]
     spans = [span for span in spans if span["step"] == step]
     seconds: Counter[str] = Counter()
     for span in spans:
@@ -158,6 +161,7 @@ def _outcome(directory: Path, step: int) -> dict[str, Any]:
         "published_version": step if metrics else None,
         "published": max((span["end"] for span in spans if span["part"] == "weight_sync"), default=None),
         "metrics": {name: metrics[name] for name in UPDATE_METRICS if name in metrics},
+        "bottleneck": bottleneck([metrics]) if metrics else "",
         "seconds": dict(seconds),
     }
 
@@ -190,7 +194,8 @@ def step_lines(step: dict[str, Any]) -> list[str]:
     """A step as text: for each of its updates and each group, which of its samples made it."""
     lines = [_ended(step)]
     lines += [f"{name:<22}{value:.6g}" for name, value in step["metrics"].items()]
-    lines += [f"{'seconds':<22}" + ", ".join(f"{part} {seconds:.3g}" for part, seconds in step["seconds"].items()), ""]
+    lines += [f"{'seconds':<22}" + ", ".join(f"{part} {seconds:.3g}" for part, seconds in step["seconds"].items())]
+    lines += [*filter(None, [step["bottleneck"]]), ""]
     table = [("update", "group", "replica", "versions", "samples", "gradient", "trace")]
     dealt = {sample["update"] for group in step["groups"] for sample in group["samples"]}
     for update in sorted(dealt, key=lambda number: number or 0):
@@ -214,7 +219,7 @@ def _ended(outcome: dict[str, Any]) -> str:
     return f"trained   in step {outcome['step']}, published as policy version {outcome['published_version']}{when}"
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def whole_lines(file: Path) -> Iterator[bytes]:
     """The whole lines of a file: the last may be half written, or the file not be there."""
     if file.exists():
         with file.open("rb") as lines:

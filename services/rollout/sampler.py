@@ -152,6 +152,7 @@ class Sampler:
             rollouts=[_rollout(*pair) for pair in zip(sampled, scored, strict=True)],
             generate_seconds=generate_seconds(),
             score_seconds=score_seconds(),
+            scored_at=time.time(),
         )
 
 

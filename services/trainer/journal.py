@@ -227,6 +227,7 @@ class RunJournal(Journal):
             "sampled_by": group.sampled_by,
             "generate_seconds": group.generate_seconds,
             "score_seconds": group.score_seconds,
+            "scored_at": group.scored_at,
             "prompt_ids": group.prompt_ids,
             "rollouts": rollouts,
         }

@@ -35,7 +35,7 @@ NOT_A_RESULT = ("time", "timing_s/", "perf/", "weight_sync/")
 REWARD_ADDRESS = "RETORT_REWARD__ADDRESS"
 NO_ANSWER = (RedisError, FileNotFoundError, ValueError, StopIteration, LookupError)
 """What a look at a run may raise that has not begun, or of which something is down."""
-NOT_OF_A_GROUP = ("sampled_by", "generate_seconds", "score_seconds")
+NOT_OF_A_GROUP = ("sampled_by", "generate_seconds", "score_seconds", "scored_at")
 FORK_SERVER = threading.Lock()
 """multiprocessing asks for the ends of all processes at every start, whoever is asking for one of them meanwhile."""
 

@@ -131,6 +131,7 @@ def test_the_groups_of_a_step_are_kept_with_what_was_learned_from_them(
         "sampled_by": "rollout-0",
         "generate_seconds": 0.5,
         "score_seconds": 0.25,
+        "scored_at": 0.0,
         "prompt_ids": [1],
     }
     assert rollouts[0] == {
