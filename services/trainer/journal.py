@@ -45,7 +45,8 @@ class Journal:
     """Times the parts of a step. On ranks other than 0 that is all: the rest is rank 0's, a `RunJournal`."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        """What the parts of the step took so far."""
 
     @contextmanager
     def timing(self, name: str, *, waiting_for: str = "", step: int | None = None) -> Iterator[None]:
@@ -54,7 +55,7 @@ class Journal:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.keep_span(name, seconds)
 
     def keep_span(self, name: str, seconds: float) -> None:
@@ -150,8 +151,8 @@ class RunJournal(Journal):
         metrics = step_metrics(batch, updates, longest, max_ratio)
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
-        metrics |= work_metrics(work, self._seconds)
-        metrics["timing_s/snapshot"] = max(0.0, self._seconds.get("weight_sync", 0.0) - report.seconds)
+        metrics |= work_metrics(work, self.seconds)
+        metrics["timing_s/snapshot"] = max(0.0, self.seconds.get("weight_sync", 0.0) - report.seconds)
         metrics["timing_s/broadcast"] = report.phase_seconds.get("transfer", 0.0)
         rows = iter(_learned(batch))
         lines = [
@@ -185,21 +186,21 @@ class RunJournal(Journal):
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started
         tokens = metrics.get("perf/total_num_tokens", 0.0)
-        not_training = sum(self._seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
+        not_training = sum(self.seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
         line = {
             "step": step,
             "time": time.time(),
             "policy_version": step,
             **metrics,
             **self._validation,
-            **{f"timing_s/{name}": seconds for name, seconds in self._seconds.items()},
+            **{f"timing_s/{name}": seconds for name, seconds in self.seconds.items()},
             "timing_s/step": elapsed,
             **({"perf/throughput": tokens / (elapsed - not_training)} if tokens else {}),
         }
         self._write(line)
         gauges.set_step(line)
         self._recorded.add(step)
-        self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
+        self._validation, self.seconds, self._step_started = {}, {}, time.perf_counter()
 
     def _write(self, line: Mapping[str, float]) -> None:
         path = self._directory / "metrics.jsonl"
