@@ -5,8 +5,8 @@ defaults (bfloat16 autocast, activation checkpointing) and once, as Retort here,
 token mean) and optimizer, in a process each, taking turns. Completions are 0.1 to 1 times as long as the longest. Rates
 are in CPU seconds on one thread, which other work on the machine disturbs less than wall time. Gradients are compared.
 
-TRL is installed beside the project's packages, into an environment under `build`. A GPU and the growth with lengths,
-ranks and budgets are not measured here yet.
+TRL is installed beside the project's packages, into an environment under `build`. A whole step, on a GPU too, and its
+growth with lengths, ranks and budgets: `benchmarks.training_step`.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from retort.config import MethodConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.operations import ModelCost
 from services.trainer.policy import Policy
 from services.trainer.update import update_policy
 from tests.training import a_batch, a_group, a_rollout
@@ -206,17 +207,9 @@ def matmul_rate() -> float:
 
 
 def operations(model: Any, batch: StepBatch) -> float:
-    """Of forward and backward of an update, without what is computed twice: 3 x 2 a weight and token, and attention.
-
-    The head counts for completion tokens only, the embedding not at all; a token attends to half of its sequence.
-    """
-    config = model.config
-    head = model.lm_head.weight.numel()
-    body = sum(p.numel() for p in model.model.layers.parameters())
+    """Of forward and backward of an update, without what is computed twice."""
     lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    squares = sum(length**2 for length in lengths)
-    return 6.0 * (body * sum(lengths) + head * int(batch.lengths.sum()) + heads * squares)
+    return 3 * ModelCost.of(model).forward(lengths, int(batch.lengths.sum()))
 
 
 def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
@@ -298,16 +291,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048, help="tokens of a packed micro-batch")
     parser.add_argument("--rows", type=int, default=8, help="rows of a padded micro-batch, TRL's too")
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many counts")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda is refused: not written yet")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.device == "cuda":
-        found = "found" if torch.cuda.is_available() else "missing on this machine"
-        parser.error(
-            f"--device cuda: the comparison counts CPU seconds only, a GPU (here: {found}) is not measured yet"
-        )
     if args.groups * GROUP_SIZE % args.rows:
         parser.error(f"--rows {args.rows} does not divide the {args.groups * GROUP_SIZE} rows; TRL needs it to")
     if args.contender:

@@ -16,6 +16,7 @@ COMMANDS = {
     "dead": ("retort.cli.dead", "look at work that was set aside; replay or drop it"),
     "replay": ("retort.cli.replay", "train on a recorded step again and compare the numbers, bit by bit"),
     "trace": ("retort.cli.trace", "which samples made an update, and what became of a group"),
+    "timeline": ("retort.cli.timeline", "who did what when, as a file for Perfetto"),
     "report": ("retort.cli.report", "write a run's report.html"),
     "ui": ("retort.cli.ui", "serve a run's report while the run goes on"),
     "track": (

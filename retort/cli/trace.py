@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from retort.cli.bottleneck import bottleneck
 from retort.cli.status import newest_run
 from retort.config import ConfigError, load_config
 from retort.metrics_file import read_metrics
@@ -98,7 +99,7 @@ def find_group(directory: Path, group_id: str) -> tuple[Path, Group]:
     known = []
     files = sorted(directory.glob("rollouts/step-*.jsonl")) + sorted(directory.glob("validation/step-*.jsonl"))
     for file in files:
-        for line in _lines(file):
+        for line in whole_lines(file):
             name = msgspec.json.decode(line, type=_Name).group_id
             if name == group_id:
                 return file, msgspec.json.decode(line, type=Group)
@@ -148,7 +149,7 @@ def traced_step(directory: Path, run: str, step: int) -> dict[str, Any]:
 
 def groups_of(directory: Path, step: int) -> list[Group]:
     """The groups that a step was made of; none of step 0."""
-    lines = _lines(directory / "rollouts" / f"step-{step:06d}.jsonl")
+    lines = whole_lines(directory / "rollouts" / f"step-{step:06d}.jsonl")
     return [msgspec.json.decode(line, type=Group) for line in lines]
 
 
@@ -174,12 +175,13 @@ def _outcome(directory: Path, step: int) -> dict[str, Any]:
         "published_version": step if metrics else None,
         "published": max((span["end"] for span in spans if span["part"] == "weight_sync"), default=None),
         "metrics": {name: metrics[name] for name in UPDATE_METRICS if name in metrics},
+        "bottleneck": bottleneck([metrics]) if metrics else "",
         "seconds": dict(seconds),
     }
 
 
 def _spans(directory: Path, step: int) -> list[dict[str, Any]]:
-    spans = (json.loads(line) for line in _lines(directory / "timeline.jsonl"))
+    spans = (json.loads(line) for line in whole_lines(directory / "timeline.jsonl"))
     return [span for span in spans if span["step"] == step]
 
 
@@ -211,7 +213,8 @@ def step_lines(step: dict[str, Any]) -> list[str]:
     """A step as text: for each of its updates and each group, which of its samples made it."""
     lines = [_ended(step)]
     lines += [f"{name:<22}{value:.6g}" for name, value in step["metrics"].items()]
-    lines += [f"{'seconds':<22}" + ", ".join(f"{part} {seconds:.3g}" for part, seconds in step["seconds"].items()), ""]
+    lines += [f"{'seconds':<22}" + ", ".join(f"{part} {seconds:.3g}" for part, seconds in step["seconds"].items())]
+    lines += [*filter(None, [step["bottleneck"]]), ""]
     table = [("update", "group", "replica", "versions", "samples", "gradient", "trace")]
     dealt = {sample["update"] for group in step["groups"] for sample in group["samples"]}
     for update in sorted(dealt, key=lambda number: number or 0):
@@ -235,7 +238,7 @@ def _ended(outcome: dict[str, Any]) -> str:
     return f"trained   in step {outcome['step']}, published as policy version {outcome['published_version']}{when}"
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def whole_lines(file: Path) -> Iterator[bytes]:
     """The whole lines of a file: the last may be half written, or the file not be there."""
     if file.exists():
         with file.open("rb") as lines:

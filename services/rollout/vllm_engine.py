@@ -50,6 +50,9 @@ class VLLMEngine:
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
+            # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
+            # sample, with a C++ compiler, which a laptop may lack.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         self.llm = OrderlyLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model.path,

@@ -1,8 +1,9 @@
 """Attention over packed sequences, plugged into transformers so that the model code stays the library's.
 
 Sequences of a micro-batch lie one after the other in a row without padding. Everything in the model works per token;
-only attention has to know where one sequence ends. It is called once for each, so that nothing is computed for padding:
-laid side by side, sequences would cost the square of the longest each.
+only attention has to know where one sequence ends. On CUDA one kernel takes them all. Elsewhere, and in float32, it is
+called once for each, so that nothing is computed for padding: laid side by side, sequences would cost the square of
+the longest each.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PACKED_ATTENTION = "retort_packed"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+"""What the kernel for sequences of different lengths takes."""
+CAUSAL_WINDOW = (-1, 0)
+"""Everything before a token, and nothing after it."""
 
 
 def packed_attention(
@@ -24,18 +30,40 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     sequence_lengths: Sequence[int],
+    sequence_bounds: Tensor,
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence; the lengths add up to T.
 
-    query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]
+    query [1, heads, T, d], key and value [1, kv_heads, T, d], sequence_bounds [S + 1] -> [1, T, heads, d]
     """
     assert attention_mask is None
+    if query.is_cuda and query.dtype in KERNEL_DTYPES:
+        return attend_at_once(query, key, value, sequence_bounds, max(sequence_lengths), scaling), None
     sizes = list(sequence_lengths)
     sequences = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out = [F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in sequences]
     return torch.cat(out, 2).transpose(1, 2), None
+
+
+def attend_at_once(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float) -> Tensor:
+    """The same from torch's kernel for sequences of different lengths (flash attention)."""
+    # Not every torch that may run this lets a key/value head serve several query heads here; so each gets its copy.
+    copies = query.shape[1] // key.shape[1]
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1).repeat_interleave(copies, 1),
+        value[0].transpose(0, 1).repeat_interleave(copies, 1),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=CAUSAL_WINDOW,
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -46,13 +46,22 @@ STEP_GAUGES: Mapping[str, Gauge] = MappingProxyType(
             "probe_gap_nats", "Largest difference of a log-probability of the probe prompt between replica and trainer."
         ),
         "perf/throughput": _of_step("throughput_tokens_per_second", "Tokens trained on, per second of the step."),
+        "perf/mfu": _of_step("mfu_ratio", "Operations computed over what the devices could have done."),
+        "perf/packing_efficiency": _of_step("packing_ratio", "Tokens of micro-batches over what they had room for."),
+        "perf/max_memory_allocated_gb": _of_step("peak_memory_gigabytes", "The most memory that a rank had."),
         "timing_s/step": _of_step("step_seconds", "The whole step."),
         "timing_s/wait_groups": _of_step("wait_groups_seconds", "Waiting for rollouts."),
         "timing_s/wait_replica": _of_step("wait_replica_seconds", "Waiting for a rollout replica."),
         "timing_s/old_logprobs": _of_step("old_logprobs_seconds", "Computing log-probs of the policy before the step."),
         "timing_s/teacher": _of_step("teacher_seconds", "Computing the teacher's log-probs."),
-        "timing_s/update": _of_step("update_seconds", "The optimizer updates."),
+        "timing_s/update": _of_step("update_seconds", "The updates: forward, backward, optimizer."),
+        "timing_s/forward_backward": _of_step(
+            "forward_backward_seconds", "Forward and backward passes of the updates."
+        ),
+        "timing_s/optimizer": _of_step("optimizer_seconds", "The optimizer's part of the updates."),
         "timing_s/weight_sync": _of_step("weight_sync_seconds", "Bringing the new version to every replica."),
+        "timing_s/snapshot": _of_step("snapshot_seconds", "Of the weight sync: gathering and copying the weights."),
+        "timing_s/broadcast": _of_step("broadcast_seconds", "Of the weight sync: sending the weights."),
         "timing_s/checkpoint": _of_step("checkpoint_seconds", "Writing the checkpoint."),
         "timing_s/validation": _of_step("validation_seconds", "Measuring the policy on the validation questions."),
     }

@@ -24,6 +24,7 @@ from services.trainer.metrics import step_metrics, validation_metrics_of
 from services.trainer.ranks import gather_all
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from services.trainer.work import Work, work_metrics
 
 Decode = Callable[[Sequence[int]], str]
 PHASES = {
@@ -44,7 +45,8 @@ class Journal:
     """Times the parts of a step. On ranks other than 0 that is all: the rest is rank 0's, a `RunJournal`."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        """What the parts of the step took so far."""
 
     @contextmanager
     def timing(self, name: str, *, waiting_for: str = "", step: int | None = None) -> Iterator[None]:
@@ -53,7 +55,7 @@ class Journal:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.keep_span(name, seconds)
 
     def keep_span(self, name: str, seconds: float) -> None:
@@ -72,7 +74,7 @@ class Journal:
     def record_untrained(self) -> None:
         """The line of step 0."""
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
         """The line of a step, and its groups. A collective: the token weights lie on the rank that computed them."""
         batch.token_weights = gather_all(batch.token_weights).sum(0)
 
@@ -145,13 +147,16 @@ class RunJournal(Journal):
         with self._fence.held():
             self._append(0, {})
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
-        super().record(batch, updates, report)
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
+        super().record(batch, updates, report, work)
         self._version = batch.step
         longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
         metrics = step_metrics(batch, updates, longest, max_ratio)
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
+        metrics |= work_metrics(work, self.seconds)
+        metrics["timing_s/snapshot"] = max(0.0, self.seconds.get("weight_sync", 0.0) - report.seconds)
+        metrics["timing_s/broadcast"] = report.phase_seconds.get("transfer", 0.0)
         rows = iter(_learned(batch))
         lines = [
             self._line(group, self._question_of(group), [next(rows) for _ in group.rollouts]) for group in batch.groups
@@ -190,21 +195,21 @@ class RunJournal(Journal):
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started
         tokens = metrics.get("perf/total_num_tokens", 0.0)
-        not_training = sum(self._seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
+        not_training = sum(self.seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
         line = {
             "step": step,
             "time": time.time(),
             "policy_version": step,
             **metrics,
             **self._validation,
-            **{f"timing_s/{name}": seconds for name, seconds in self._seconds.items()},
+            **{f"timing_s/{name}": seconds for name, seconds in self.seconds.items()},
             "timing_s/step": elapsed,
             **({"perf/throughput": tokens / (elapsed - not_training)} if tokens else {}),
         }
         self._write(line)
         gauges.set_step(line)
         self._recorded.add(step)
-        self._validation, self._seconds, self._step_started = {}, {}, time.perf_counter()
+        self._validation, self.seconds, self._step_started = {}, {}, time.perf_counter()
 
     def _write(self, line: Mapping[str, float]) -> None:
         path = self._directory / "metrics.jsonl"

@@ -1,8 +1,10 @@
 """The policy: model, optimizer and version, sharded over the trainer ranks with FSDP2."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.operations import ModelCost, finish, peak_rate
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
 from services.trainer.weight_copy import WeightCopy
+from services.trainer.work import Work
 
 
 class Policy:
@@ -41,6 +45,8 @@ class Policy:
         self._dtype = dtype
         self._temperature = temperature
         self._token_budget = config.micro_batch_tokens
+        self._cost = ModelCost.of(language_model)
+        self._work = Work()
         self._max_grad_norm = config.max_grad_norm
         if config.activation_checkpointing:
             language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -52,6 +58,7 @@ class Policy:
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=config.weight_decay,
+            fused=True,  # one pass over the shards: a quarter of the time on a CPU
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -74,8 +81,8 @@ class Policy:
         """This rank's share of the rows, packed. Every rank gets equally many micro-batches, some without rows."""
         completions = batch.completions
         lengths = [len(prompts[row] or ()) + len(completions[row]) for row in rows]
-        share = plan(lengths, ranks=self.ranks, token_budget=self._token_budget)[self.rank]
-        for indices in share:
+        shares = plan(lengths, ranks=self.ranks, token_budget=self._token_budget, parity=self._cost.parity)
+        for indices in shares[self.rank]:
             yield pack([rows[index] for index in indices], prompts, completions, self.device)
 
     @torch.no_grad()
@@ -95,6 +102,7 @@ class Policy:
         with weights.in_place_of(self.local_shards()) if weights else nullcontext():
             for micro_batch in self.micro_batches(batch, rows, prompts):
                 result = self.model(micro_batch, self._temperature)
+                self._count(micro_batch, passes=1)
                 if micro_batch.rows:
                     scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)
         dist.all_reduce(scores)
@@ -109,6 +117,7 @@ class Policy:
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """[N] log-probs of the micro-batch's completion tokens at the sampling temperature, with their gradient."""
+        self._count(micro_batch, passes=3)
         scores: TokenScores = self.model(micro_batch, self._temperature)
         return scores.logprobs
 
@@ -131,9 +140,27 @@ class Policy:
         if math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            started = time.perf_counter()
             self.optimizer.step()
+            finish(self.device)
+            self._work.optimizer_seconds += time.perf_counter() - started
         self.optimizer.zero_grad()
         return grad_norm
+
+    def take_work(self) -> Work:
+        """What all ranks computed since the last call."""
+        work, self._work = self._work, Work()
+        return work.of_all_ranks(self.device, self._peak_rate)
+
+    @cached_property
+    def _peak_rate(self) -> float:
+        return peak_rate(self.device, self._dtype)
+
+    def _count(self, micro_batch: MicroBatch, *, passes: int) -> None:
+        """Note a pass; forward and backward are as much work as three."""
+        predicted = len(micro_batch.targets)
+        operations = passes * self._cost.forward(micro_batch.sequence_lengths, predicted) if micro_batch.rows else 0.0
+        self._work.add(micro_batch, operations, self._token_budget)
 
 
 def local(tensor: Tensor) -> Tensor:

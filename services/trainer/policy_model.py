@@ -37,6 +37,7 @@ class PolicyModel(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             sequence_lengths=batch.sequence_lengths,
+            sequence_bounds=batch.sequence_bounds,
             use_cache=False,
         ).last_hidden_state[0]
         head = self.language_model.lm_head.weight

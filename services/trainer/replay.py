@@ -32,6 +32,7 @@ from services.trainer.teacher import Teacher
 from services.trainer.train import train
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from services.trainer.work import Work
 
 
 class Result(msgspec.Struct):
@@ -119,8 +120,8 @@ class Replayed(Journal):
         if step.step == self._step:
             self.numbers = numbers_of(step)
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
-        super().record(batch, updates, report)
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
+        super().record(batch, updates, report, work)
         if batch.step == self._step:
             longest, max_ratio = self._config.sampling.max_completion_tokens, self._config.method.max_rollout_ratio
             self.numbers = dict(step_metrics(batch, updates, longest, max_ratio))

@@ -67,7 +67,7 @@ def train(
             weights.publish(policy)
         is_last = policy.version == settings.steps
         score = steps.validate(policy.version, at_once=is_last) if is_due(policy.version) else None
-        journal.record(batch, updates, weights.report)
+        journal.record(batch, updates, weights.report, policy.take_work())
         with journal.timing("checkpoint"):
             exports.after_step(weights.snapshot, score)
         if is_last or policy.version % config.checkpoint.every == 0:

@@ -133,13 +133,18 @@ def broadcast(store: TCPStore, request: TransferRequest, snapshot: Snapshot) -> 
 
 
 @pytest.fixture(scope="module")
-def served(pytestconfig: pytest.Config) -> Iterator[Served]:
-    # At the same place each time, because vLLM keeps what it has compiled under the model's path.
-    assert pytestconfig.cache is not None
-    path = pytestconfig.cache.mkdir("tiny-greedy")
-    shutil.copytree(
-        ROOT / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.py", "__pycache__"), dirs_exist_ok=True
-    )
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where torch puts what it compiles."""
+    directory = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> Iterator[Served]:
+    path = tmp_path_factory.mktemp("model") / "tiny-greedy"
+    shutil.copytree(ROOT / "models" / "tiny", path, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     # A model that asks for greedy sampling, which must not be heard.
     generation = json.loads((path / "generation_config.json").read_text())
     (path / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "top_k": 1, "top_p": 0.1}))
@@ -157,6 +162,13 @@ def changed(served: Served) -> Served:
     served.change(*KINDS)
     served.wait(served.sync())
     return served
+
+
+def test_sampling_on_a_cpu_needs_no_compiler(served: Served, compiled: Path) -> None:
+    served.reset()
+    served.wait(served.sync())
+    served.wait(served.sample(PROMPT, range(2)))
+    assert list(compiled.iterdir()) == []
 
 
 def test_after_every_kind_of_parameter_changed_log_probs_equal_those_of_transformers(served: Served) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from retort.cli.bottleneck import bottleneck
 from retort.cli.report.charts import HEIGHT, nice_ticks, number
 from retort.cli.report.run_files import Run, Span
 
@@ -59,7 +60,9 @@ def timeline(run: Run) -> str:
     if len(steps) > LAST_STEPS:
         recent = {name: [s for s in lane if s.step > steps[-LAST_STEPS - 1]] for name, lane in spans.items()}
         parts.append(_figure(f"The last {LAST_STEPS} steps", recent, events, first))
-    return f'<div class="figures">{"".join(parts)}</div>{_table(events, first)}'
+    said = escape(bottleneck(run.metrics))
+    lead = f'<p class="lead">{said}</p>' if said else ""
+    return f'{lead}<div class="figures">{"".join(parts)}</div>{_table(events, first)}'
 
 
 def read_events(logs: Path) -> list[Event]:

@@ -1,55 +1,61 @@
-"""The timeline: spans from the times of a step, events from the logs."""
+"""`retort timeline`: a run of one step and one group, whose times can be followed by hand."""
 
-import time
+import json
 from pathlib import Path
+from typing import Any
 
-from retort.cli.report.run_files import read_run
-from retort.cli.report.timeline import read_events, timeline
-from tests.unit.cli.test_report import write_lines
+import pytest
 
-START = 1_000_000.0
-
-
-def parts(*lengths: tuple[str, float]) -> list[dict[str, object]]:
-    """Parts of step 3, one after the other from START on."""
-    lines, end = [], START
-    for name, seconds in lengths:
-        end += seconds
-        lines.append({"part": name, "step": 3, "end": end, "seconds": seconds})
-    return lines
+from retort.cli.__main__ import main
+from tests.finished_run import a_config, write_run
 
 
-def test_a_part_that_comes_twice_in_a_step_is_two_spans(tmp_path: Path) -> None:
-    write_lines(tmp_path / "timeline.jsonl", parts(("wait_groups", 4.0), ("update", 2.0), ("wait_groups", 1.0)))
-    spans = [(span.part, span.start - START, span.end - START) for span in read_run(tmp_path).spans]
-    assert spans == [("wait_groups", 0.0, 4.0), ("update", 4.0, 6.0), ("wait_groups", 6.0, 7.0)]
+def write_line(file: Path, line: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
-def test_a_lane_says_its_share_of_the_time_and_which_service_works(tmp_path: Path) -> None:
-    write_lines(tmp_path / "timeline.jsonl", parts(("wait_groups", 4.0), ("update", 2.0), ("weight_sync", 1.0)))
-    page = timeline(read_run(tmp_path))
-    assert "waiting for rollouts <b>57%</b><small>rollout</small>" in page
-    assert "updates <b>29%</b><small>trainer</small>" in page
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The group is sampled from second 100 to 102 and scored until 102.5; the update takes from 103 to 104."""
+    directory = write_run(tmp_path / "run", a_config(tmp_path / "run"), [0.5, 0.5])
+    write_line(directory / "timeline.jsonl", {"part": "update", "step": 1, "end": 104.0, "seconds": 1.0})
+    sample = {"policy_versions": [0, 0], "finish_reason": "stop", "reward": 1.0, "parsed": "B"}
+    asked = {"data_index": 7, "data_source": "letters", "question": "Which letter?", "answer": "B"}
+    took = {"sampled_by": "rollout-1", "generate_seconds": 2.0, "score_seconds": 0.5, "scored_at": 102.5}
+    group = {"group_id": "0-000007", "step": 1, "rollouts": [sample]} | asked | took
+    write_line(directory / "rollouts/step-000001.jsonl", group)
+    return directory
 
 
-def test_warnings_and_what_begins_or_ends_are_read_from_the_logs(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "trainer.log"
-    log.parent.mkdir()
-    log.write_text(
-        "2026-03-01T12:00:00.500 INFO trainer took_over epoch=1\n"
-        "2026-03-01T12:00:01.000 INFO trainer replica_serves replica=rollout-0 version=0\n"
-        '2026-03-01T12:00:02.000 ERROR trainer replica_evicted phase=probe reason="<b>gap"\n'
-        "2026-03-01T12:00:03.000 WARNING trainer vllm.cpu message=slow\n"
-        "half a li"
-    )
-    took_over, evicted = read_events(log.parent)
-    assert (took_over.name, took_over.is_bad) == ("took_over", False)
-    assert (evicted.name, evicted.is_bad, evicted.service) == ("replica_evicted", True, "trainer")
-    assert time.strftime("%H:%M:%S", time.localtime(took_over.at)) == "12:00:00"
-    page = timeline(read_run(tmp_path))
-    assert "⚠ replica_evicted" in page
-    assert "&lt;b&gt;gap" in page
+def events_of(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["traceEvents"]
 
 
-def test_a_run_without_steps_has_a_timeline_that_says_so(tmp_path: Path) -> None:
-    assert "has not finished any part" in timeline(read_run(tmp_path))
+def test_every_service_has_its_track_and_times_start_at_the_first_event(run: Path) -> None:
+    assert main(["timeline", str(run)]) == 0
+    events = events_of(run / "timeline.json")
+    tracks = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert tracks == {1: "trainer", 2: "reward", 3: "rollout-1"}
+    times = [(event["ph"], tracks[event["pid"]], event["name"], event["ts"]) for event in events if event["ph"] != "M"]
+    assert times == [
+        ("b", "rollout-1", "0-000007", 0),
+        ("e", "rollout-1", "0-000007", 2_000_000),
+        ("b", "reward", "0-000007", 2_000_000),
+        ("e", "reward", "0-000007", 2_500_000),
+        ("X", "trainer", "update", 3_000_000),
+    ]
+    assert next(event["dur"] for event in events if event["ph"] == "X") == 1_000_000
+
+
+def test_one_step_alone_goes_to_a_file_of_ones_own(run: Path, tmp_path: Path) -> None:
+    write_line(run / "timeline.jsonl", {"part": "teacher", "step": 2, "end": 106.0, "seconds": 1.0})
+    assert main(["timeline", str(run), "--step", "2", "--output", str(tmp_path / "two.json")]) == 0
+    assert [event["name"] for event in events_of(tmp_path / "two.json")[2:]] == ["teacher"]
+
+
+def test_a_step_without_events_is_an_error_and_writes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["timeline", str(run), "--step", "9"]) == 2
+    assert "has nothing of step 9" in capsys.readouterr().err
+    assert not (run / "timeline.json").exists()

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from services.trainer.attention import attend_at_once, packed_attention
 from services.trainer.packing import MicroBatch, pack
 from tests.training import VOCABULARY, a_language_model
 
@@ -26,6 +28,7 @@ def packed_hidden_states(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         sequence_lengths=batch.sequence_lengths,
+        sequence_bounds=batch.sequence_bounds,
         use_cache=False,
     ).last_hidden_state[0]
 
@@ -50,8 +53,47 @@ def test_a_token_depends_on_no_other_sequence_and_on_no_later_token() -> None:
         inputs_embeds=embeddings,
         position_ids=batch.position_ids,
         sequence_lengths=batch.sequence_lengths,
+        sequence_bounds=batch.sequence_bounds,
         use_cache=False,
     ).last_hidden_state[0]
     hidden[5].square().sum().backward()  # the second token of the second sequence
     assert embeddings.grad is not None
     assert embeddings.grad[0].abs().sum(-1).gt(0).tolist() == [False, False, False, False, True, True, False]
+
+
+def queries_keys_values(lengths: Sequence[int], *, device: str) -> tuple[list[Tensor], Tensor]:
+    """For four query heads of 32 and two key/value heads, with gradients; and the bounds of the sequences."""
+    generator = torch.Generator(device).manual_seed(0)
+    heads = [
+        torch.randn(1, count, sum(lengths), 32, generator=generator, device=device, dtype=torch.bfloat16)
+        for count in (4, 2, 2)
+    ]
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return [tensor.requires_grad_() for tensor in heads], bounds
+
+
+def test_the_kernel_for_all_sequences_takes_what_it_is_given() -> None:
+    with FakeTensorMode():
+        heads, bounds = queries_keys_values([3, 9, 1], device="cpu")
+        out = attend_at_once(*heads, bounds, 9, 0.125)
+        out.sum().backward()
+    assert out.shape == (1, 13, 4, 32)
+    assert heads[1].grad is not None
+    assert heads[1].grad.shape == (1, 2, 13, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for packed sequences needs a GPU")
+@pytest.mark.parametrize("lengths", [[1], [5, 5], [3, 9, 1, 4], ONE_VERY_LONG])
+def test_the_kernel_gives_what_one_call_a_sequence_gives(lengths: list[int]) -> None:
+    heads, bounds = queries_keys_values(lengths, device="cuda")
+    exact = [tensor.detach().double().requires_grad_() for tensor in heads]
+    given = {"attention_mask": None, "sequence_lengths": lengths, "sequence_bounds": bounds, "scaling": 0.125}
+    at_once, _ = packed_attention(torch.nn.Module(), *heads, **given)
+    one_by_one, _ = packed_attention(torch.nn.Module(), *exact, **given)
+    torch.testing.assert_close(at_once.double(), one_by_one, rtol=0, atol=0.02)
+    for out in (at_once, one_by_one):
+        out.square().sum().backward()
+    for kernel, plain in zip(heads, exact, strict=True):
+        assert kernel.grad is not None
+        assert plain.grad is not None
+        torch.testing.assert_close(kernel.grad.double(), plain.grad, rtol=0.05, atol=0.05)

@@ -50,7 +50,7 @@ def a_step(step: int, reward: float = 1.0) -> StepBatch:
 
 
 def record(journal: RunJournal, batch: StepBatch) -> None:
-    journal.record(batch, [UPDATE], SyncReport(replicas=2, probe_gap=0.125))
+    journal.record(batch, [UPDATE], SyncReport(replicas=2, probe_gap=0.125), Work())
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -242,7 +242,7 @@ def test_other_ranks_write_nothing_and_take_part_in_gathering_token_weights(mesh
     with journal.timing("update"):
         journal.beat()
     journal.record_untrained()
-    journal.record(batch, [UPDATE], SyncReport())
+    journal.record(batch, [UPDATE], SyncReport(), Work())
     assert batch.token_weights.tolist() == pytest.approx([1.0, 1.0, 0.9, 0.0])
     assert list(tmp_path.iterdir()) == []
 

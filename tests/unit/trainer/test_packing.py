@@ -1,3 +1,5 @@
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ def packed(*rows: int) -> MicroBatch:
 def test_every_plan_is_complete_balanced_in_passes_and_within_the_budget(
     lengths: list[int], ranks: int, token_budget: int
 ) -> None:
-    shares = plan(lengths, ranks=ranks, token_budget=token_budget)
+    shares = plan(lengths, ranks=ranks, token_budget=token_budget, parity=10)
     dealt = [index for share in shares for micro_batch in share for index in micro_batch]
     assert sorted(dealt) == list(range(len(lengths)))
     assert len(shares) == ranks
@@ -28,24 +30,39 @@ def test_every_plan_is_complete_balanced_in_passes_and_within_the_budget(
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), ranks=st.integers(1, 5))
-def test_no_rank_has_more_than_the_longest_sequence_above_another(lengths: list[int], ranks: int) -> None:
-    shares = plan(lengths, ranks=ranks, token_budget=100)
-    loads = [sum(lengths[index] for micro_batch in share for index in micro_batch) for share in shares]
-    assert max(loads) - min(loads) <= max(lengths)
+def test_no_rank_has_more_than_the_dearest_sequence_above_another(lengths: list[int], ranks: int) -> None:
+    shares = plan(lengths, ranks=ranks, token_budget=100, parity=8)
+    costs = [length + length**2 / 8 for length in lengths]
+    loads = [sum(costs[index] for micro_batch in share for index in micro_batch) for share in shares]
+    assert max(loads) - min(loads) <= max(costs)
+
+
+def test_ranks_are_balanced_by_the_square_of_a_length_too() -> None:
+    # In tokens 4 + 2 against 2 + 2. With n + n^2 the 4 costs 20 and each 2 costs 6: 20 against 18.
+    assert plan([4, 2, 2, 2], ranks=2, token_budget=10, parity=math.inf) == [[[0, 3]], [[1, 2]]]
+    assert plan([4, 2, 2, 2], ranks=2, token_budget=10, parity=1) == [[[0]], [[1, 2, 3]]]
+
+
+def test_dear_micro_batches_meet_dear_ones_of_other_ranks() -> None:
+    # With n + n^2 the loads go 30, 20, 20 + 20 for the first three, then 30 + 6 + 6 for the rest. The first rank's
+    # micro-batch of 5 tokens costs 30 and its 2 + 2 costs 12; the other's fours cost 20 each.
+    assert plan([5, 4, 4, 2, 2], ranks=2, token_budget=5, parity=1) == [[[0], [3, 4]], [[1], [2]]]
+    # A micro-batch of ones fills up first and costs 2 + 2 + 2; the 3 that did not fit beside them costs 12.
+    assert plan([3, 3, 2], ranks=1, token_budget=5, parity=1) == [[[0, 2], [1]]]
 
 
 def test_the_longest_goes_first_and_the_rest_fills_up() -> None:
     # 9 | 7, then 3 joins the 7, 2 the 9, and the last 2 the 10 of the other rank.
-    assert plan([2, 9, 3, 7, 2], ranks=2, token_budget=10) == [[[1], [0]], [[3, 2], [4]]]
+    assert plan([2, 9, 3, 7, 2], ranks=2, token_budget=10, parity=math.inf) == [[[1], [0]], [[3, 2], [4]]]
 
 
 def test_a_sequence_beyond_the_budget_is_alone_and_the_other_rank_keeps_it_company() -> None:
-    assert plan([100, 1], ranks=2, token_budget=10) == [[[0]], [[1]]]
-    assert plan([100], ranks=2, token_budget=10) == [[[0]], [[]]]
+    assert plan([100, 1], ranks=2, token_budget=10, parity=math.inf) == [[[0]], [[1]]]
+    assert plan([100], ranks=2, token_budget=10, parity=math.inf) == [[[0]], [[]]]
 
 
 def test_nothing_to_do_is_no_pass_on_any_rank() -> None:
-    assert plan([], ranks=3, token_budget=10) == [[], [], []]
+    assert plan([], ranks=3, token_budget=10, parity=math.inf) == [[], [], []]
 
 
 def test_sequences_lie_one_after_the_other_with_positions_from_zero() -> None:

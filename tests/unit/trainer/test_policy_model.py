@@ -1,7 +1,11 @@
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from services.trainer import policy_model
 from services.trainer.packing import MicroBatch, pack
@@ -21,6 +25,25 @@ def distributions(prompt: Sequence[int], completion: Sequence[int], temperature:
     model = a_language_model(attention="sdpa")
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of what operations make: the most that were alive together, and the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+                weakref.finalize(storage, self._alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -44,6 +67,18 @@ def test_the_head_gives_the_same_however_few_logits_exist_at_a_time(monkeypatch:
     monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", VOCABULARY)
     one_by_one = logprobs_and_gradient()
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-12)
+
+
+def test_neither_forward_nor_backward_holds_the_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary, tokens, at_once = 32_768, 512, 16
+    monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", at_once * vocabulary)
+    model = PolicyModel(a_language_model(dtype=torch.float32, vocabulary=vocabulary))
+    batch = pack([0], [[1]], [[2] * tokens], torch.device("cpu"))
+    with Allocations() as allocations:
+        model(batch, 1.0).logprobs.sum().backward()
+    chunk = at_once * vocabulary * 4
+    assert chunk <= allocations.largest < 2 * chunk
+    assert allocations.peak < tokens * vocabulary * 4 / 2
 
 
 def test_scores_of_a_narrow_model_are_float32() -> None:

@@ -20,6 +20,7 @@ from services.trainer.teacher import Teacher
 from services.trainer.train import train
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from services.trainer.work import Work
 from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
 
 
@@ -79,7 +80,7 @@ class Recorder(Steps, WeightPublisher, Exports, Journal):
     def record_untrained(self) -> None:
         self.events.append("record 0")
 
-    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport) -> None:
+    def record(self, batch: StepBatch, updates: Sequence[Update], report: SyncReport, work: Work) -> None:
         self.events.append(f"record {batch.step}, {len(updates)} updates")
         self.steps.append(batch)
 
