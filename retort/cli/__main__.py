@@ -29,6 +29,7 @@ COMMANDS = {
     "reproduce": ("retort.cli.reproduce", "repeat a published run and say whether it was reproduced"),
     "score": ("retort.cli.score", "send a file of completions through the reward service"),
     "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
+    "secrets": ("retort.cli.credentials", "make the passwords and tokens that services share in containers"),
     "env": ("retort.cli.env", "print what a bug report needs: versions, machine, settings; no secrets"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }

@@ -8,9 +8,8 @@ import msgspec
 from redis import Redis
 from redis.exceptions import RedisError
 
-from retort.cli.preflight import redis_url
 from retort.cli.process_table import open_redis
-from retort.cli.status import embedded_redis, newest_run, read_status
+from retort.cli.status import newest_run, read_status, url_of
 from retort.config import ConfigError, load_config
 from retort.queues import DeadWork, RunView, drop_dead, replay_dead
 
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     directory = args.run_dir or newest_run(Path("runs"))
     config = load_config(directory / "config.toml")
-    url = embedded_redis(read_status(directory)) or redis_url(config)
+    url = url_of(directory, config, read_status(directory))
     if not url:
         raise ConfigError(f"{directory}: the run has ended, and its Redis with it. Resume it, or start its Redis.")
     redis = open_redis(url)

@@ -16,8 +16,8 @@ from typing import Any, get_args
 from redis.exceptions import RedisError
 
 from retort.cli.liveness import condition
-from retort.cli.status import newest_run, open_view, read_status, replicas_shown, status_lines
-from retort.config import RunConfig, TrackerName, load_config
+from retort.cli.status import newest_run, read_status, redis_of, replicas_shown, status_lines
+from retort.config import ConfigError, TrackerName
 from retort.queues import DeadWork, InFlight, Kind, Member, PendingLease, RunView
 
 REWARD = "the reward service"
@@ -97,18 +97,18 @@ def main(args: argparse.Namespace) -> int:
 
 def gather(directory: Path) -> Evidence:
     """Look once. A Redis that does not answer is a finding, not an error."""
-    config, status, now = load_config(directory / "config.toml"), read_status(directory), time.time()
+    status, now = read_status(directory), time.time()
     conditions = {process["name"]: condition(process) for process in status["processes"]}
     conditions["launcher"] = condition(status["launcher"], alone=True)  # below it are all the others
     seen = Evidence(directory, now, status, redis_answers=False, conditions=conditions)
     try:
-        return _with_redis(config, seen)
-    except (RedisError, ValueError):
+        return _with_redis(seen)
+    except (RedisError, ConfigError, ValueError):
         return seen
 
 
-def _with_redis(config: RunConfig, seen: Evidence) -> Evidence:
-    view: RunView = open_view(config, seen.status)
+def _with_redis(seen: Evidence) -> Evidence:
+    view = RunView(*redis_of(seen.directory, seen.status))
     progress = view.progress()
     kind: Kind = "validation" if progress.get("phase") == "validating" else "train"
     epoch = view.highest_epoch()

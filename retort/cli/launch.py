@@ -24,7 +24,7 @@ from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, what_a_
 from retort.config import ConfigError, RunConfig
 from retort.disk import writing
 from retort.metrics_file import accuracy, is_validation
-from retort.queues import clear_stop, request_stop
+from retort.queues import clear_stop, load_library, request_stop
 
 Plan = Callable[[RunConfig, Path], tuple[str, list[Program]]]
 """What `plan_programs` is: from a configuration and its file to the Redis address and the programs."""
@@ -105,6 +105,8 @@ class LocalRun:
             if outcome:
                 return outcome
             self._interrupts.wait(0.05)
+        # Replicas may not, and their engines need not wait for the trainer's start.
+        load_library(self._redis)
         # A request to stop that an earlier launch left behind would end this one after its first step.
         clear_stop(self._redis, self._config.key_prefix)
         self._watch.begin()

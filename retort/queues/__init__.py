@@ -33,7 +33,7 @@ The trainer reads groups from a cursor of its own, after a restart from the begi
 What Redis forgets is therefore redone, never lost: a waiting trainer issues again whatever it still awaits.
 """
 
-from retort.queues.connection import IMPATIENT, connect, connect_async
+from retort.queues.connection import IMPATIENT, connect, connect_async, load_library
 from retort.queues.protocol import (
     KINDS,
     DeadWork,
@@ -78,6 +78,7 @@ __all__ = [
     "connect_async",
     "drop_dead",
     "evict",
+    "load_library",
     "replay_dead",
     "request_drain",
     "request_stop",

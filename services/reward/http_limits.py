@@ -13,7 +13,7 @@ from services.reward.security import Security
 BODY_S = 30.0
 """Longest time for a body to arrive."""
 MAX_UNREAD_BYTES = 4 * MAX_REQUEST_BYTES
-OPEN_PATHS = ("/healthz", "/readyz")
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """What may be asked without a token."""
 
 

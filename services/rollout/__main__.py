@@ -13,7 +13,7 @@ from functools import partial
 import uvicorn
 from starlette.types import ASGIApp
 
-from retort.config import ConfigError, RunConfig, load_config
+from retort.config import ConfigError, RunConfig, load_config, secret
 from retort.queues import Evicted, RolloutQueue, connect_async
 from retort.telemetry import log_event, log_with, start_logging
 from retort.weight_sync import authorization
@@ -74,7 +74,7 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
 
     engine, inference_of = _engine(config, engine_name)
     try:
-        reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
+        reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s, token=secret("REWARD_TOKEN"))
         receiver = WeightReceiver(engine)
         sampler = Sampler(
             name=name,

@@ -20,6 +20,9 @@ def directory(run: Run, tmp_path: Path) -> Path:
     config = a_config(tmp_path).model_copy(update={"run_id": run.run_id})
     (tmp_path / "config.toml").write_text(dump_config(config))
     address = run.url.removeprefix("redis://").partition("/")[0]
+    secret = tmp_path / "secrets" / "operator" / "redis-url"
+    secret.parent.mkdir(parents=True)
+    secret.write_text(run.url)
     me = identity(os.getpid())
     redis = {"name": "redis", **me, "addresses": {"redis": address}, "restarts": 0, "state": "running"}
     progress = {"phase": "waiting for rollouts", "waiting_for": "the groups of step 1"}
