@@ -53,6 +53,8 @@ class Evidence:
     status: Mapping[str, Any]
     """status.json, from the launcher."""
     redis_answers: bool
+    memory_share: float = 0.0
+    """How much of its memory limit Redis uses."""
     progress: Mapping[str, str] = field(default_factory=dict)
     members: Mapping[str, Member] = field(default_factory=dict)
     in_flight: InFlight | None = None
@@ -115,6 +117,7 @@ def _with_redis(seen: Evidence) -> Evidence:
     return dataclasses.replace(
         seen,
         redis_answers=True,
+        memory_share=view.memory_share(),
         progress=progress,
         members=view.members(),
         in_flight=view.in_flight(kind),
@@ -130,6 +133,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         _launcher_is_gone,
         _process_is_down,
         _redis_is_away,
+        _redis_is_full,
         _work_was_given_up,
         _trainer_is_silent,
         _no_replica,
@@ -210,6 +214,13 @@ def _redis_is_away(evidence: Evidence) -> Diagnosis | None:
     restarts = {process["name"]: process["restarts"] for process in evidence.status["processes"]}
     why = f"it does not answer, and was started again {restarts.get('redis', 0)} times"
     return Diagnosis("everybody", "redis", evidence.now - evidence.status["updated"], why, evidence.log("redis"))
+
+
+def _redis_is_full(evidence: Evidence) -> Diagnosis | None:
+    if evidence.memory_share < 1:
+        return None
+    why = "Redis is at its memory limit: it takes no more work until groups have left it with a checkpoint"
+    return Diagnosis("trainer", "redis", evidence.waited_s, why, "a larger maxmemory, or fewer other things in it")
 
 
 def _work_was_given_up(evidence: Evidence) -> Diagnosis | None:

@@ -13,6 +13,7 @@ from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
     NoPermissionError,
+    OutOfMemoryError,
     RedisError,
     ResponseError,
     TimeoutError,
@@ -73,6 +74,8 @@ def load_library(redis: Redis) -> None:
     """Give the server the functions, if it does not have them. Only trainer and operator may."""
     try:
         redis.function_load(LIBRARY_SOURCE)
+    except OutOfMemoryError:
+        return  # a server that is full says so first; one that has been at work has the functions
     except ResponseError as error:
         if not replies.library_is_there(error):
             raise
