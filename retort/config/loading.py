@@ -48,7 +48,9 @@ def secret(name: str, env: Mapping[str, str] = os.environ) -> str:
 
     Raises ConfigError for a file that cannot be read.
     """
-    return env.get(name) or (_read(f"{name}_FILE", env[f"{name}_FILE"]) if env.get(f"{name}_FILE") else "")
+    variable = name + _IN_A_FILE.upper()
+    given, file = env.get(name, ""), env.get(variable, "")
+    return _read(variable, file) if file and not given else given
 
 
 def dump_config(config: RunConfig) -> str:

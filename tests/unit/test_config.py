@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 83
+MOST_FIELDS = 84
 
 
 @pytest.fixture
