@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
 from retort.config import ConfigError, secret
+from retort.identity import NOBODY, Identity
 from retort.rollouts import Message
 
 # Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
@@ -88,6 +89,8 @@ class PrepareRequest(Message, frozen=True, kw_only=True):
     """The trainer's fencing token; a replica refuses one that is older than it has seen."""
     version: int
     manifest: WeightManifest
+    identity: Identity = NOBODY
+    """The trainer's; a replica of another refuses."""
 
 
 class PrepareReply(Message, frozen=True, kw_only=True):
