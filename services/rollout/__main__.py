@@ -78,8 +78,8 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
     await presence.loading()
 
     engine, inference_of = _engine(config, engine_name)
-    tokenizer = _tokenizer(config.model.path)
     try:
+        tokenizer = _tokenizer(config.model.path)
         reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s, token=secret("REWARD_TOKEN"))
         receiver = WeightReceiver(engine, identity_of(config, tokenizer))
         sampler = Sampler(
