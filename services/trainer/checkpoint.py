@@ -134,8 +134,10 @@ class Checkpoints:
         mine = [path for path in self._all() if _version_of(path) <= version]
         scores = self._scores()
         # Of equal scores the newer. One that is validated beside the next step has its score before that is saved.
-        best = sorted((path for path in mine if _version_of(path) in scores), key=lambda p: (scores[_version_of(p)], p))
-        kept = {*mine[-self._keep_last :], *best[len(best) - self._keep_best :]}
+        ranked = sorted(
+            ((scores[_version_of(path)], path) for path in mine if _version_of(path) in scores), reverse=True
+        )
+        kept = {*mine[-self._keep_last :], *(path for _, path in ranked[: self._keep_best])}
         for path in set(self._all()) - kept:
             shutil.rmtree(path)
         for path in self._directory.glob("*.unfinished"):

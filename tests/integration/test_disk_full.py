@@ -139,7 +139,7 @@ def test_metrics_timeline_groups_and_status_name_the_file_that_has_no_room(disk:
 def test_a_redis_without_room_refuses_by_name_and_what_it_has_is_there_afterwards(disk: SmallDisk) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with ValkeyServer(port=port, data_dir=disk.directory, appendonly="yes", appendfsync="always") as server:
+    with ValkeyServer(port=port, data_dir=disk.directory, appendonly="yes") as server:
         run = Run(server.connection_url, "full")
         trainer = run.trainer()
         trainer.issue([an_item("before")])

@@ -19,6 +19,7 @@ from tests.integration.torch_replica import TorchReplica
 def small(own_valkey: Callable[[], ValkeyServer], run_id: str) -> Iterator[Run]:
     """A run in a server that the test may fill."""
     run = Run(own_valkey().connection_url, run_id)
+    run.redis.set("something else", bytes(20 * 2**20))  # beside which connections weigh nothing
     yield run
     set_limit(run, 0)
     run.close()

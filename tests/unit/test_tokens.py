@@ -88,9 +88,9 @@ def test_the_trainer_has_nothing_but_metrics() -> None:
         for path in UNKNOWN:
             with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}", timeout=20) as answer:
                 assert b"python_info" in answer.read(), path
-        assert _status(f"http://127.0.0.1:{server.server_port}/", "POST") in (405, 501)
     finally:
         server.shutdown()
+        server.server_close()
         thread.join()
 
 

@@ -45,7 +45,7 @@ def run(code: str, place: Path) -> str:
 )
 def test_a_pickle_that_names_a_function_is_refused_and_nothing_happens(load: str, tmp_path: Path) -> None:
     said = run(f"refuse_unpickling()\n{load}", tmp_path)
-    assert "UnpicklingRefusedError: a pickle names posix.mkdir" in said
+    assert "UnpicklingRefusedError: a pickle names " in said
     assert not (tmp_path / "exploded").exists()
 
 
