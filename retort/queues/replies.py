@@ -46,7 +46,7 @@ def policy(reply: Reply) -> Policy | None:
 
 def memory_share(reply: Reply) -> float:
     """Of the memory limit, from INFO; 0 without one."""
-    return reply["used_memory"] / reply["maxmemory"] if reply["maxmemory"] else 0.0
+    return float(reply["used_memory"] / reply["maxmemory"]) if reply["maxmemory"] else 0.0
 
 
 def pending_count(reply: Reply) -> int:
