@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos soak kill-demo check docs dist proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos soak kill-demo check audit docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,10 @@ check: setup docs  ## ruff, mypy --strict, architecture, documentation, wheel
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/unit/test_architecture.py tests/unit/test_docs.py tests/unit/test_distribution.py
+
+audit: setup  ## look the locks up in a database of vulnerabilities (pip-audit; needs the network, so not in `make check`)
+	@for lock in cpu reward rollout-cpu rollout-cuda trainer-cpu trainer-cuda; do echo "$$lock" && \
+		$(BIN)/python -m uv tool run pip-audit --no-deps --disable-pip --requirement requirements/$$lock.txt || exit 1; done
 
 docs: setup  ## the documentation site, in build/site; refuses a broken link
 	$(BIN)/mkdocs build --quiet --strict

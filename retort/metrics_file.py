@@ -62,6 +62,13 @@ def read_metrics(path: Path) -> list[Metrics]:
     return [file.by_step[step] for step in sorted(file.by_step)]
 
 
+def validation_scores(directory: Path, samples: int) -> dict[int, float]:
+    """avg@samples of each policy version of the run in `directory` that was validated."""
+    file = MetricsFile(directory / "metrics.jsonl")
+    file.read()
+    return dict(file.accuracy(samples))
+
+
 def _numbers(text: bytes) -> Metrics:
     """The finite numbers of a line; none of one that is damaged."""
     try:

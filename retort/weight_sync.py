@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from torch.distributed.distributed_c10d import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, Work
 
-from retort.config import ConfigError
+from retort.config import ConfigError, secret
+from retort.identity import NOBODY, Identity
 from retort.rollouts import Message
 
 # Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
@@ -29,12 +30,13 @@ _CACHED_LANES = 2**14
 
 def authorization(env: Mapping[str, str] = os.environ) -> str:
     """The `Authorization` header of every call of a weight sync. Raises ConfigError when there is no token."""
-    if not env.get("CONTROL_TOKEN"):
+    token = secret("CONTROL_TOKEN", env)
+    if not token:
         raise ConfigError(
             "CONTROL_TOKEN is not set: give the trainer and every rollout server the same secret in this environment "
-            "variable (`retort run` does so by itself)."
+            "variable, or in a file that CONTROL_TOKEN_FILE names (`retort run` does so by itself)."
         )
-    return f"Bearer {env['CONTROL_TOKEN']}"
+    return f"Bearer {token}"
 
 
 class ProcessGroup(Protocol):
@@ -87,6 +89,8 @@ class PrepareRequest(Message, frozen=True, kw_only=True):
     """The trainer's fencing token; a replica refuses one that is older than it has seen."""
     version: int
     manifest: WeightManifest
+    identity: Identity = NOBODY
+    """The trainer's; a replica of another refuses."""
 
 
 class PrepareReply(Message, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import httpx
 from redis import Redis
 
 from retort.config import WeightSyncConfig
+from retort.identity import NOBODY
 from retort.questions import Question
 from retort.queues import Kind, Member, TrainerQueue
 from retort.rollouts import Message, RolloutGroup, WorkItem
@@ -46,7 +47,7 @@ class InProcessSender(WeightSender):
     """The sender itself, whose calls reach the replicas of this process. Nothing is broadcast."""
 
     def __init__(self, queue: TrainerQueue, fleet: Fleet) -> None:
-        super().__init__(queue, WeightSyncConfig(), epoch=EPOCH, backend="gloo", authorization="")
+        super().__init__(queue, WeightSyncConfig(), epoch=EPOCH, backend="gloo", authorization="", identity=NOBODY)
         self._fleet = fleet
 
     async def _ask(

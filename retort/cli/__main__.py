@@ -34,6 +34,7 @@ COMMANDS = {
     "score": ("retort.cli.score", "send a file of completions through the reward service"),
     "task": ("retort.cli.task", "write questions and their checker of your own: retort task new NAME"),
     "checker": ("retort.cli.checker", "write a checker of your own: retort checker new NAME"),
+    "secrets": ("retort.cli.credentials", "make the passwords and tokens that services share in containers"),
     "env": ("retort.cli.env", "print what a bug report needs: versions, machine, settings; no secrets"),
     "version": ("retort.cli.version", "print the versions of retort and of what it builds on"),
 }

@@ -2,17 +2,17 @@
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import msgspec
 from redis import Redis
 from redis.exceptions import RedisError
 
-from retort.cli.preflight import redis_url
 from retort.cli.process_table import open_redis
-from retort.cli.status import embedded_redis, newest_run, read_status
+from retort.cli.status import newest_run, read_status, url_of
 from retort.config import ConfigError, load_config
-from retort.queues import DeadWork, RunView, drop_dead, replay_dead
+from retort.queues import DeadWork, RedisFull, RunView, drop_dead, replay_dead
 
 EPILOG = """\
 Work that failed `rollout.max_deliveries` times, or that could not be read, is set aside here with its bytes.
@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     directory = args.run_dir or newest_run(Path("runs"))
     config = load_config(directory / "config.toml")
-    url = embedded_redis(read_status(directory)) or redis_url(config)
+    url = url_of(directory, config, read_status(directory))
     if not url:
         raise ConfigError(f"{directory}: the run has ended, and its Redis with it. Resume it, or start its Redis.")
     redis = open_redis(url)
     try:
         return _act(redis, config.key_prefix, args.action, args.id)
-    except RedisError as error:
-        raise ConfigError(f"the Redis of {directory} cannot be asked: {error}") from None
+    except (RedisError, RedisFull) as error:
+        raise ConfigError(f"the Redis of {directory} cannot do it: {error}") from None
 
 
 def _act(redis: Redis, run: str, action: str, entry_id: str) -> int:
@@ -52,6 +52,10 @@ def _act(redis: Redis, run: str, action: str, entry_id: str) -> int:
         raise ConfigError(f"no entry {entry_id or '(id missing)'} in the dead-letter stream; there are: {known}")
     if action == "show":
         print(_line(chosen))
+        for attempt in chosen.attempts:
+            print(
+                f"  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(attempt.at))}  {attempt.replica}: {attempt.why}"
+            )
         print(_content(view.dead_bytes(entry_id)))
     elif action == "drop":
         drop_dead(redis, run, entry_id)

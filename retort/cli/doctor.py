@@ -17,8 +17,8 @@ from redis.exceptions import RedisError
 
 from retort.cli.invocation import command
 from retort.cli.liveness import condition
-from retort.cli.status import newest_run, open_view, read_status, replicas_shown, status_lines
-from retort.config import RunConfig, TrackerName, load_config
+from retort.cli.status import newest_run, read_status, redis_of, replicas_shown, status_lines
+from retort.config import ConfigError, TrackerName
 from retort.queues import DeadWork, InFlight, Kind, Member, PendingLease, RunView
 
 REWARD = "the reward service"
@@ -54,6 +54,8 @@ class Evidence:
     status: Mapping[str, Any]
     """status.json, from the launcher."""
     redis_answers: bool
+    memory_share: float = 0.0
+    """How much of its memory limit Redis uses."""
     progress: Mapping[str, str] = field(default_factory=dict)
     members: Mapping[str, Member] = field(default_factory=dict)
     in_flight: InFlight | None = None
@@ -98,24 +100,25 @@ def main(args: argparse.Namespace) -> int:
 
 def gather(directory: Path) -> Evidence:
     """Look once. A Redis that does not answer is a finding, not an error."""
-    config, status, now = load_config(directory / "config.toml"), read_status(directory), time.time()
+    status, now = read_status(directory), time.time()
     conditions = {process["name"]: condition(process) for process in status["processes"]}
     conditions["launcher"] = condition(status["launcher"], alone=True)  # below it are all the others
     seen = Evidence(directory, now, status, redis_answers=False, conditions=conditions)
     try:
-        return _with_redis(config, seen)
-    except (RedisError, ValueError):
+        return _with_redis(seen)
+    except (RedisError, ConfigError, ValueError):
         return seen
 
 
-def _with_redis(config: RunConfig, seen: Evidence) -> Evidence:
-    view: RunView = open_view(config, seen.status)
+def _with_redis(seen: Evidence) -> Evidence:
+    view = RunView(*redis_of(seen.directory, seen.status))
     progress = view.progress()
     kind: Kind = "validation" if progress.get("phase") == "validating" else "train"
     epoch = view.highest_epoch()
     return dataclasses.replace(
         seen,
         redis_answers=True,
+        memory_share=view.memory_share(),
         progress=progress,
         members=view.members(),
         in_flight=view.in_flight(kind),
@@ -131,6 +134,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         _launcher_is_gone,
         _process_is_down,
         _redis_is_away,
+        _redis_is_full,
         _work_was_given_up,
         _trainer_is_silent,
         _no_replica,
@@ -211,6 +215,13 @@ def _redis_is_away(evidence: Evidence) -> Diagnosis | None:
     restarts = {process["name"]: process["restarts"] for process in evidence.status["processes"]}
     why = f"it does not answer, and was started again {restarts.get('redis', 0)} times"
     return Diagnosis("everybody", "redis", evidence.now - evidence.status["updated"], why, evidence.log("redis"))
+
+
+def _redis_is_full(evidence: Evidence) -> Diagnosis | None:
+    if evidence.memory_share < 1:
+        return None
+    why = "Redis is at its memory limit: it takes no more work until groups have left it with a checkpoint"
+    return Diagnosis("trainer", "redis", evidence.waited_s, why, "a larger maxmemory, or fewer other things in it")
 
 
 def _work_was_given_up(evidence: Evidence) -> Diagnosis | None:

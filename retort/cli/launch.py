@@ -22,9 +22,9 @@ from retort.cli.run_directory import open_run_directory
 from retort.cli.status import write_status
 from retort.cli.watch import RunWatch, Sighting, StallClock, milestones, what_a_stop_does, who_waits
 from retort.config import ConfigError, RunConfig
-from retort.disk import writing
+from retort.disk import DiskFullError, writing
 from retort.metrics_file import accuracy, is_validation
-from retort.queues import clear_stop, request_stop
+from retort.queues import clear_stop, load_library, request_stop
 
 Plan = Callable[[RunConfig, Path], tuple[str, list[Program]]]
 """What `plan_programs` is: from a configuration and its file to the Redis address and the programs."""
@@ -105,6 +105,8 @@ class LocalRun:
             if outcome:
                 return outcome
             self._interrupts.wait(0.05)
+        # Replicas may not, and their engines need not wait for the trainer's start.
+        load_library(self._redis)
         # A request to stop that an earlier launch left behind would end this one after its first step.
         clear_stop(self._redis, self._config.key_prefix)
         self._watch.begin()
@@ -181,6 +183,10 @@ class LocalRun:
         if ending is None:
             return None
         log, code = ending.program.log, ending.exit_code
+        if ending.program.name == "redis" and any("No space left on device" in line for line in last_lines(log, 20)):
+            return Outcome(
+                DiskFullError.exit_code, "disk full", [f"{ending.cause}. Its last lines ({log}):", *last_lines(log, 8)]
+            )
         if ending.gave_up:
             limit = self._config.timeouts.max_restarts
             reason = f"giving up: {ending.cause}, after {limit} restarts within ten minutes. Its last lines ({log}):"

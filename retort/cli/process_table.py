@@ -1,7 +1,6 @@
 """Which processes make up a run, and what each is told: command, environment, addresses."""
 
 import os
-import secrets
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -15,11 +14,14 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from retort.cli import credentials
 from retort.cli.preflight import redis_url
 from retort.cli.processes import Program
 from retort.cli.task import python_path
-from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName
+from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName, secret
 
+SECRETS = "secrets"
+"""Directory of the run with its passwords and tokens."""
 BAD_START = frozenset({2, 3})
 """A service that ends so was configured wrongly or lacks a dependency; starting it again would not help."""
 TRAINER_ENDS = frozenset({0, 2, 3, 4, 5, 6, 130})
@@ -39,9 +41,13 @@ QUIET = {
 def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Program]]:
     """The Redis address and the programs of a run, in the order in which to start them. Chooses free ports."""
     redis_port, reward_port, master_port, *http_ports = _free_ports(3 + config.rollout.replicas)
-    url = redis_url(config) or f"redis://127.0.0.1:{redis_port}/0"
+    secrets = config.directory / SECRETS
+    credentials.make_tokens(secrets)
+    if not redis_url(config):
+        credentials.make_redis_users(secrets, f"127.0.0.1:{redis_port}")
+    url = redis_url(config) or credentials.operator_url(secrets)
     reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
-    services = _Services(config, config_file, url, reward, os.environ.get("CONTROL_TOKEN") or secrets.token_urlsafe())
+    services = _Services(config, config_file, url, reward, secrets)
     trainer_gpus, *replica_gpus = assign_gpus(visible_gpus(), config.trainer.ranks, config.rollout)
     programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
     if not config.reward.address:
@@ -89,14 +95,15 @@ class _Services:
     config: RunConfig
     config_file: Path
     redis_url: str
+    """The launcher's own."""
     reward_address: str
-    token: str
+    secrets: Path
 
     def reward(self) -> Program:
         port = self.reward_address.rpartition(":")[2]
         return self._program(
             "reward",
-            ["-m", "services.reward"],
+            ["-m", "services.reward", "--token-file", str(self.secrets / "reward" / credentials.REWARD_TOKEN)],
             environment={"RETORT_REWARD__PORT": port, **python_path(self.config.directory)},
             addresses={"grpc": self.reward_address},
         )
@@ -106,7 +113,7 @@ class _Services:
         return self._program(
             name,
             ["-m", "services.rollout", "--name", name],
-            environment={"RETORT_ROLLOUT__PORT": str(port), **self._secret(), **gpus},
+            environment={"RETORT_ROLLOUT__PORT": str(port), **self._secrets_of("rollout"), **gpus},
             addresses={"http": f"{self.config.rollout.host}:{port}"},
             leaving_exit_codes=frozenset({0}),
         )
@@ -117,12 +124,19 @@ class _Services:
         return self._program(
             "trainer",
             [*torchrun, "-m", "services.trainer"],
-            environment={**self._secret(), **gpus},
+            environment={**self._secrets_of("trainer"), **gpus},
             final_exit_codes=TRAINER_ENDS,
         )
 
-    def _secret(self) -> dict[str, str]:
-        return {"CONTROL_TOKEN": self.token}
+    def _secrets_of(self, role: str) -> dict[str, str]:
+        """How the role gets into Redis, and its tokens, where the user has not given others."""
+        place, given = self.secrets / role, redis_url(self.config)
+        told = {"RETORT_REDIS__URL": given} if given else {"RETORT_REDIS__URL_FILE": str(place / credentials.REDIS_URL)}
+        if not secret("CONTROL_TOKEN"):
+            told["CONTROL_TOKEN_FILE"] = str(place / credentials.CONTROL_TOKEN)
+        if role == "rollout" and not self.config.reward.address:
+            told |= {"REWARD_TOKEN": "", "REWARD_TOKEN_FILE": str(place / credentials.REWARD_TOKEN)}
+        return told
 
     def _program(
         self,
@@ -137,7 +151,6 @@ class _Services:
         common = {
             **{key: value for key, value in QUIET.items() if key not in os.environ},
             "OMP_NUM_THREADS": "1",  # a second thread on a core that vLLM shares made steps 3 to 20 times slower
-            "RETORT_REDIS__URL": self.redis_url,
             "RETORT_REWARD__ADDRESS": self.reward_address,
             "RETORT_RUN_DIR": str(self.config.directory),
             "RETORT_RUN_ID": self.config.run_id,
@@ -196,6 +209,7 @@ def _valkey(directory: Path, port: int) -> Program:
         "appendonly": "yes",
         "appendfsync": "everysec",
         "save": "",
+        "aclfile": str(directory / SECRETS / "redis" / "users.acl"),
         "maxmemory-policy": "noeviction",
     }
     return Program(

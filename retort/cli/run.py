@@ -8,6 +8,7 @@ from retort.cli.invocation import command
 from retort.cli.run_directory import resolve_config
 from retort.cli.task import write_task
 from retort.config import ConfigError
+from retort.unpickling import refuse_unpickling
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 a service died too often; 2 bad configuration; 3 missing dependency; 4 stalled; 5 diverged;
@@ -43,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
     # Only now: this needs redis, psutil and rich, and preflight says what to do where they are missing.
     from retort.cli.launch import launch
 
+    refuse_unpickling()
     return launch(config, resume_command(args, config.directory))
 
 

@@ -59,6 +59,7 @@ def open_run_directory(config: RunConfig) -> Iterator[Path]:
             raise ConfigError(f"{directory} is in use by another `retort run`. `{show}` shows it.") from None
         file = directory / "config.toml"
         draft = directory / DRAFT
+        draft.touch(mode=0o600)  # the address of a Redis may hold its password
         draft.write_text(dump_config(config), encoding="utf-8")
         # First of all files, and at once: a launcher that is killed here leaves a run to resume, or none.
         os.replace(draft, file)

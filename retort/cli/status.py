@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from retort.config import RunConfig
-    from retort.queues import Member, RunView
+    from retort.queues import Member
 
 STATUS_FILE = "status.json"
 DIED = "died"
@@ -90,37 +90,26 @@ def read_replicas(directory: Path, status: Mapping[str, Any]) -> list[dict[str, 
 
     try:
         return replicas_shown(RunView(*redis_of(directory, status)).members())
-    except (RedisError, ValueError):
+    except (RedisError, ConfigError, ValueError):
         return []
-
-
-def open_view(config: "RunConfig", status: Mapping[str, Any]) -> "RunView":
-    """A look into the Redis of a run."""
-    from retort.queues import RunView
-
-    return RunView(_open_redis(config, status), config.key_prefix)
 
 
 def redis_of(directory: Path, status: Mapping[str, Any]) -> "tuple[Redis, str]":
     """The Redis of a run, and the prefix of the run's keys in it."""
-    from retort.config import load_config
-
-    config = load_config(directory / "config.toml")
-    return _open_redis(config, status), config.key_prefix
-
-
-def _open_redis(config: "RunConfig", status: Mapping[str, Any]) -> "Redis":
-    """The one that the run's launcher started, else the one that its file names."""
-    from retort.cli.preflight import redis_url
     from retort.cli.process_table import open_redis
 
-    return open_redis(embedded_redis(status) or redis_url(config))
+    config = load_config(directory / "config.toml")
+    return open_redis(url_of(directory, config, status)), config.key_prefix
 
 
-def embedded_redis(status: Mapping[str, Any]) -> str:
-    """Address of the Redis that the launcher started; empty if it started none."""
-    embedded = [p["addresses"]["redis"] for p in status["processes"] if "redis" in p["addresses"]]
-    return f"redis://{embedded[0]}/0" if embedded else ""
+def url_of(directory: Path, config: "RunConfig", status: Mapping[str, Any]) -> str:
+    """Of the Redis that the run's launcher started, else of the one that its file names; empty without both."""
+    from retort.cli.credentials import operator_url
+    from retort.cli.preflight import redis_url
+    from retort.cli.process_table import SECRETS
+
+    is_embedded = any("redis" in process["addresses"] for process in status["processes"])
+    return operator_url(directory / SECRETS) if is_embedded else redis_url(config)
 
 
 def replicas_shown(members: "Mapping[str, Member]") -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """The run file: one TOML describes one run, one table per concern.
 
 Sources, strongest first: `--set section.key=value`, environment `RETORT_SECTION__KEY`, the TOML file, the defaults in
-`tables`.
+`tables`. `RETORT_SECTION__KEY_FILE` names a file that holds the value, for secrets.
 Unknown keys are refused with the nearest right name. Addresses and secrets may come from the environment only.
 """
 
 from retort.config.errors import ConfigError, MissingDependencyError
-from retort.config.loading import ENV_PREFIX, dump_config, load_config
+from retort.config.loading import ENV_PREFIX, dump_config, load_config, secret
 from retort.config.tables import (
     CheckpointConfig,
     Config,
@@ -46,4 +46,5 @@ __all__ = [
     "WeightSyncConfig",
     "dump_config",
     "load_config",
+    "secret",
 ]

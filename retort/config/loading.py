@@ -15,6 +15,8 @@ from retort.config.errors import ConfigError
 from retort.config.tables import RunConfig
 
 ENV_PREFIX = "RETORT_"
+_IN_A_FILE = "_file"
+"""`RETORT_REDIS__URL_FILE` names a file with what `RETORT_REDIS__URL` would hold: for secrets."""
 _MISSPELT = 0.75
 """How alike a variable and a key are when one is meant to be the other. Less alike ones belong to somebody else."""
 
@@ -41,6 +43,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), env: Mapping[st
         raise ConfigError(_explain(error, str(path), origins)) from None
 
 
+def secret(name: str, env: Mapping[str, str] = os.environ) -> str:
+    """The variable `name`, or what is in the file that the variable `<name>_FILE` names; empty without both.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    variable = name + _IN_A_FILE.upper()
+    given, file = env.get(name, ""), env.get(variable, "")
+    return _read(variable, file) if file and not given else given
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as TOML; `load_config` reads it back to an equal object."""
     import tomlkit
@@ -55,7 +67,9 @@ def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tup
         if not name.startswith(ENV_PREFIX):
             continue
         section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
-        if key:
+        if key.endswith(_IN_A_FILE):
+            yield f"{section}.{key.removesuffix(_IN_A_FILE)}", _read(name, text), f"environment {name}"
+        elif key:
             yield f"{section}.{key}", text, f"environment {name}"
         elif section in top_level or difflib.get_close_matches(section, plain, n=1, cutoff=_MISSPELT):
             yield section, text, f"environment {name}"
@@ -64,6 +78,13 @@ def _overrides(overrides: Sequence[str], env: Mapping[str, str]) -> Iterator[tup
         if not equals:
             raise ConfigError(f"--set {item}: expected section.key=value, for example --set trainer.steps=5")
         yield key.strip(), text.strip(), f"--set {item}"
+
+
+def _read(variable: str, file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"environment {variable} = {file}: {error.strerror}.") from None
 
 
 def _parse(key: str, text: str) -> Any:

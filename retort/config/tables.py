@@ -212,6 +212,8 @@ class CheckpointConfig(Config):
     """Save after every so many steps, and after the last."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted once a newer one is committed."""
+    keep_best: NonNegativeInt = 0
+    """So many of those with the best validation stay besides, as far as validated versions are saved."""
 
 
 class WeightSyncConfig(Config):

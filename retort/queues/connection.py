@@ -13,6 +13,7 @@ from redis.exceptions import (
     AuthenticationError,
     ConnectionError,
     NoPermissionError,
+    OutOfMemoryError,
     RedisError,
     ResponseError,
     TimeoutError,
@@ -65,12 +66,19 @@ def call(redis: Redis, name: str, keys: list[str], *args: str | bytes | int) -> 
     except ResponseError as error:
         if not replies.library_is_missing(error):
             raise
+    load_library(redis)
+    return redis.fcall(function(name), len(keys), *keys, *args)
+
+
+def load_library(redis: Redis) -> None:
+    """Give the server the functions, if it does not have them. Only trainer and operator may."""
     try:
         redis.function_load(LIBRARY_SOURCE)
+    except OutOfMemoryError:
+        return  # a server that is full says so first; one that has been at work has the functions
     except ResponseError as error:
         if not replies.library_is_there(error):
             raise
-    return redis.fcall(function(name), len(keys), *keys, *args)
 
 
 async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
@@ -91,7 +99,7 @@ async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str |
 
 
 async def _call_when_loaded(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
-    """For a user who may call functions and not load them: the trainer does, when it starts or finds them gone."""
+    """For a replica, which may not load functions: the launcher or the trainer does, at start or when they are gone."""
     deadline = time.monotonic() + LIBRARY_WITHIN_S
     while True:
         await asyncio.sleep(LIBRARY_POLL_S)
@@ -122,7 +130,7 @@ def _check(url: str, info: Reply) -> None:
 def _unusable(url: str, error: Exception) -> ConfigError:
     where = _shown(url)
     if isinstance(error, AuthenticationError):
-        return ConfigError(f"Redis at {where} refused the password ({error}). The URL is redis://:PASSWORD@HOST.")
+        return ConfigError(f"Redis at {where} refused the password ({error}). The URL is redis://USER:PASSWORD@HOST.")
     if isinstance(error, ConnectionError | TimeoutError):
         return ConfigError(
             f"No Redis answers at {where}: {error}. Start one there, or correct redis.url in the run file "

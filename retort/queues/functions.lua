@@ -18,6 +18,9 @@ local function keyed(keys)
     evicted = keys[10],
     drain = keys[11],
     audit = keys[12],
+    history = keys[13],
+    progress = keys[14],
+    stop = keys[15],
   }
 end
 
@@ -45,9 +48,27 @@ local function add(stream, group_id, crc, data)
   return redis.call('XADD', stream, '*', 'group_id', group_id, 'crc', crc, 'data', data)
 end
 
-local function finish_work(stream, entry_id)
+local function history_of(stream, entry_id)
+  return stream .. ' ' .. entry_id
+end
+
+local function finish_work(k, stream, entry_id)
   redis.call('XACK', stream, CONSUMER_GROUP, entry_id)
   redis.call('XDEL', stream, entry_id)
+  redis.call('HDEL', k.history, history_of(stream, entry_id))
+end
+
+-- Who failed at an entry, when and why, once for each delivery: one that was given back is taken off their count, and a
+-- call that is repeated finds its attempt there. So there are at most as many as deliveries.
+local function note_failure(k, stream, entry_id, replica, deliveries, why)
+  local field = history_of(stream, entry_id)
+  local known = redis.call('HGET', k.history, field)
+  local attempts = known and cmsgpack.unpack(known) or {}
+  if #attempts < deliveries then
+    local now = redis.call('TIME')
+    table.insert(attempts, {replica = replica, at = tonumber(now[1]) + tonumber(now[2]) / 1e6, why = why})
+    redis.call('HSET', k.history, field, cmsgpack.pack(attempts))
+  end
 end
 
 -- A work entry exists if and only if its group's state is "issued <its id>".
@@ -63,8 +84,9 @@ local function set_aside(k, kind, stream, entry_id, state_then, cause, reason)
   end
   local group_id, data = entry[2][2], entry[2][6]
   redis.call('XADD', k.dead, '*', 'kind', kind, 'group_id', group_id, 'cause', cause, 'reason', reason,
-    'epoch', redis.call('GET', k.fence) or '0', 'data', data)
-  finish_work(stream, entry_id)
+    'epoch', redis.call('GET', k.fence) or '0', 'data', data,
+    'history', redis.call('HGET', k.history, history_of(stream, entry_id)) or '')
+  finish_work(k, stream, entry_id)
   if redis.call('HGET', k.state, group_id) == state_then then
     redis.call('HDEL', k.state, group_id)
   end
@@ -143,7 +165,7 @@ local function commit(keys, args)
     removed = removed + redis.call('XDEL', k.groups[args[2]], args[i])
     -- A Redis that forgot the submit still has the work, which nobody needs any more.
     local work = work_of(redis.call('HGET', k.state, args[i + 1]))
-    if work then finish_work(k.work[args[2]], work) end
+    if work then finish_work(k, k.work[args[2]], work) end
     redis.call('HDEL', k.state, args[i + 1])
   end
   return removed
@@ -160,6 +182,7 @@ local function withdraw(keys, args)
     for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+')) do
       redis.call('HDEL', k.state, entry[2][2])
       redis.call('XDEL', stream, entry[1])
+      redis.call('HDEL', k.history, history_of(stream, entry[1]))
       removed = removed + 1
     end
   end
@@ -180,7 +203,7 @@ local function withdraw_later(keys, args)
     local readable, item = pcall(cmsgpack.unpack, entry[2][6])
     if readable and item.step > tonumber(args[2]) then
       ensure_consumer_group(k.work.train)
-      finish_work(k.work.train, entry[1])
+      finish_work(k, k.work.train, entry[1])
       redis.call('HDEL', k.state, entry[2][2])
       removed = removed + 1
     end
@@ -248,6 +271,7 @@ local function take(keys, args)
     local expired = redis.call('XPENDING', stream, CONSUMER_GROUP, 'IDLE', lease_ms, '-', '+', limit - #leases)
     for _, pending in ipairs(expired) do
       local entry_id, holder, deliveries = pending[1], pending[2], pending[4]
+      note_failure(k, stream, entry_id, holder, deliveries, 'its lease ran out')
       if deliveries >= max_deliveries then
         set_aside(k, kind, stream, entry_id, 'issued ' .. entry_id, 'failed',
           'handed out ' .. deliveries .. ' times and never finished, last by ' .. holder)
@@ -297,13 +321,13 @@ local function submit(keys, args)
   if work then
     add(k.groups[kind], group_id, args[4], args[5])
     redis.call('HSET', k.state, group_id, 'submitted')
-    finish_work(k.work[kind], work)
+    finish_work(k, k.work[kind], work)
     return 'stored'
   end
   -- The group is compared because an emptied Redis may have given the entry id to another.
   local entry = redis.call('XRANGE', k.work[kind], entry_id, entry_id)[1]
   if entry and entry[2][2] == group_id then
-    finish_work(k.work[kind], entry_id)
+    finish_work(k, k.work[kind], entry_id)
   end
   return state and 'duplicate' or 'unknown'
 end
@@ -316,10 +340,24 @@ local function give_back(keys, args)
   return pending and 1 or 0
 end
 
--- kind, entry_id, cause, reason
+-- kind, entry_id, consumer, reason. The lease goes on: it runs out, and the next may try.
+local function fail(keys, args)
+  local k = keyed(keys)
+  local stream = k.work[args[1]]
+  local pending = held(stream, args[3], args[2])
+  if pending then note_failure(k, stream, args[2], args[3], pending[4], args[4]) end
+  return pending and 1 or 0
+end
+
+-- kind, entry_id, consumer, cause, reason. Also by one whose lease has run out: the work is as bad as it says.
 local function bury(keys, args)
   local k = keyed(keys)
-  return set_aside(k, args[1], k.work[args[1]], args[2], 'issued ' .. args[2], args[3], args[4])
+  local kind, entry_id, consumer, cause, reason = unpack(args)
+  local stream = k.work[kind]
+  ensure_consumer_group(stream)
+  local pending = redis.call('XPENDING', stream, CONSUMER_GROUP, entry_id, entry_id, 1)[1]
+  if pending then note_failure(k, stream, entry_id, consumer, pending[4], reason) end
+  return set_aside(k, kind, stream, entry_id, 'issued ' .. entry_id, cause, reason)
 end
 
 -- replica, incarnation, member. Answers whether the operator wants the replica to work on or to leave.
@@ -356,21 +394,42 @@ local function drain(keys, args)
   return 'OK'
 end
 
-redis.register_function(LIBRARY .. '_open', open)
+-- Progress and the request to stop -----------------------------------------------------------------------------------
+
+-- field, value, ...
+local function set_progress(keys, args)
+  return redis.call('HSET', keyed(keys).progress, unpack(args))
+end
+
+-- reason
+local function stop(keys, args)
+  return redis.call('SET', keyed(keys).stop, args[1])
+end
+
+-- More work: refused by a server at its memory limit. It waits until groups have left.
 redis.register_function(LIBRARY .. '_issue', issue)
-redis.register_function(LIBRARY .. '_publish', publish)
-redis.register_function(LIBRARY .. '_commit', commit)
-redis.register_function(LIBRARY .. '_withdraw', withdraw)
-redis.register_function(LIBRARY .. '_withdraw_later', withdraw_later)
-redis.register_function(LIBRARY .. '_quarantine', quarantine)
-redis.register_function(LIBRARY .. '_evict', evict)
 redis.register_function(LIBRARY .. '_replay', replay)
-redis.register_function(LIBRARY .. '_declare', declare)
-redis.register_function(LIBRARY .. '_take', take)
-redis.register_function(LIBRARY .. '_renew', renew)
-redis.register_function(LIBRARY .. '_submit', submit)
-redis.register_function(LIBRARY .. '_give_back', give_back)
-redis.register_function(LIBRARY .. '_bury', bury)
-redis.register_function(LIBRARY .. '_announce', announce)
-redis.register_function(LIBRARY .. '_leave', leave)
-redis.register_function(LIBRARY .. '_drain', drain)
+
+-- What ends work, or stays as long as it is, goes on there: without it nothing would ever leave.
+local function goes_on(name, callback)
+  redis.register_function({function_name = LIBRARY .. '_' .. name, callback = callback, flags = {'allow-oom'}})
+end
+goes_on('open', open)
+goes_on('publish', publish)
+goes_on('commit', commit)
+goes_on('withdraw', withdraw)
+goes_on('withdraw_later', withdraw_later)
+goes_on('quarantine', quarantine)
+goes_on('evict', evict)
+goes_on('declare', declare)
+goes_on('take', take)
+goes_on('renew', renew)
+goes_on('submit', submit)
+goes_on('give_back', give_back)
+goes_on('fail', fail)
+goes_on('bury', bury)
+goes_on('announce', announce)
+goes_on('leave', leave)
+goes_on('drain', drain)
+goes_on('set_progress', set_progress)
+goes_on('stop', stop)

@@ -29,6 +29,10 @@ class Fenced(Exception):
         self.highest = highest
 
 
+class RedisFull(Exception):
+    """Redis has reached its memory limit (maxmemory) and takes no more work until groups have left it."""
+
+
 class Evicted(Exception):
     """The trainer went on without this process. It must restart and join as a new incarnation."""
 
@@ -80,6 +84,15 @@ class Lease(Message, frozen=True, kw_only=True):
     """How often the item was handed out, this time included."""
 
 
+class Attempt(Message, frozen=True, kw_only=True):
+    """One time that work was handed out in vain."""
+
+    replica: str
+    at: float
+    """When that was noticed, in seconds since 1970, by Redis' clock."""
+    why: str
+
+
 class DeadWork(Message, frozen=True, kw_only=True):
     """An entry that was set aside."""
 
@@ -91,6 +104,8 @@ class DeadWork(Message, frozen=True, kw_only=True):
     """`failed`: nobody could finish the work. `corrupt`: bytes were damaged; the group can be issued anew."""
     epoch: int
     """Trainer epoch in which it happened."""
+    attempts: tuple[Attempt, ...] = ()
+    """Who had held it, in order; none of a group that was damaged."""
 
 
 class InFlight(Message, frozen=True, kw_only=True):
@@ -123,7 +138,20 @@ class Keys:
         """The keys that every function gets, in the order of `keyed` in functions.lua."""
         streams = [self.work(kind) for kind in KINDS] + [self.groups(kind) for kind in KINDS]
         return streams + [
-            self(name) for name in ("dead", "state", "fence", "policy", "members", "evicted", "drain", "audit")
+            self(name)
+            for name in (
+                "dead",
+                "state",
+                "fence",
+                "policy",
+                "members",
+                "evicted",
+                "drain",
+                "audit",
+                "history",
+                "progress",
+                "stop",
+            )
         ]
 
     def kind_of(self, stream: str) -> Kind:

@@ -2,9 +2,11 @@
 
 from typing import Any, Literal, TypeAlias
 
-from redis.exceptions import ResponseError
+import msgspec
+from redis.exceptions import OutOfMemoryError, ResponseError
 
-from retort.queues.protocol import DeadWork, Entry, Evicted, Fenced, Keys, Kind, Member, Policy
+from retort.disk import DiskFullError
+from retort.queues.protocol import Attempt, DeadWork, Entry, Evicted, Fenced, Keys, Kind, Member, Policy, RedisFull
 
 Reply: TypeAlias = Any
 """Whatever redis-py returned."""
@@ -40,6 +42,11 @@ def policy(reply: Reply) -> Policy | None:
     if not reply:
         return None
     return Policy(epoch=int(reply[b"epoch"]), version=int(reply[b"version"]), digest=text(reply[b"digest"]))
+
+
+def memory_share(reply: Reply) -> float:
+    """Of the memory limit, from INFO; 0 without one."""
+    return float(reply["used_memory"] / reply["maxmemory"]) if reply["maxmemory"] else 0.0
 
 
 def pending_count(reply: Reply) -> int:
@@ -94,9 +101,14 @@ def dead(reply: Reply) -> list[DeadWork]:
                 reason=text(values["reason"]),
                 cause="failed" if values["cause"] == b"failed" else "corrupt",
                 epoch=int(values["epoch"]),
+                attempts=_attempts(values.get("history")),
             )
         )
     return found
+
+
+def _attempts(history: Reply) -> tuple[Attempt, ...]:
+    return msgspec.msgpack.decode(history, type=tuple[Attempt, ...]) if history else ()
 
 
 def dead_bytes(reply: Reply) -> bytes:
@@ -122,6 +134,13 @@ def refusal(error: ResponseError, *, epoch: int = 0, who: str = "") -> Exception
     code, _, rest = str(error).partition(" ")
     if code == "FENCED":
         return Fenced(epoch, int(rest))
+    if code == "MISCONF":
+        return DiskFullError(
+            f"disk full: Redis cannot write its append-only file ({rest}). What was saved before is whole. Make room, "
+            "then go on with --resume."
+        )
+    if isinstance(error, OutOfMemoryError):
+        return RedisFull("Redis is at its memory limit (maxmemory)")
     if code == "EVICTED":
         return Evicted(f"{who} was evicted by the trainer; it must restart")
     return error

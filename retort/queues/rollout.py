@@ -78,9 +78,13 @@ class RolloutQueue:
         """End a lease without a result and without blaming the work: it is available to others at once."""
         await self._call("give_back", lease.item.kind, lease.entry_id, self._replica, self._lease_ms)
 
+    async def fail(self, lease: Lease, reason: str) -> None:
+        """Say why this delivery failed, for the history of work that nobody can do. Its lease is left to run out."""
+        await self._call("fail", lease.item.kind, lease.entry_id, self._replica, reason)
+
     async def bury(self, lease: Lease, reason: str) -> None:
         """Set work aside that cannot be done. The trainer will end the run, naming group and reason."""
-        await self._call("bury", lease.item.kind, lease.entry_id, "failed", reason)
+        await self._call("bury", lease.item.kind, lease.entry_id, self._replica, "failed", reason)
 
     async def announce(self, member: Member) -> Literal["ok", "drain"]:
         """Write this replica into the members; `drain`: it is asked to finish what it has in hand and leave.
@@ -112,7 +116,7 @@ class RolloutQueue:
             try:
                 item = entry.decode(WorkItem)
             except BadEntry as bad:
-                await self._call("bury", kind, entry.entry_id, bad.cause, bad.reason)
+                await self._call("bury", kind, entry.entry_id, self._replica, bad.cause, bad.reason)
             else:
                 leases.append(Lease(entry_id=entry.entry_id, item=item, deliveries=deliveries))
         return leases

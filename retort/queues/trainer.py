@@ -35,7 +35,7 @@ class TrainerQueue:
         """Queue work, all or nothing. An item that is known already is left alone. Says which, per item.
 
         A waiting trainer should call this again with everything it still awaits: what Redis forgot, or what
-        was quarantined, is issued again then.
+        was quarantined, is issued again then. Raises RedisFull.
         """
         if not items:
             return []
@@ -102,11 +102,19 @@ class TrainerQueue:
 
     def set_progress(self, **fields: str | int | float) -> None:
         """Say what the trainer is doing, for `retort status` and the live panel."""
-        self._redis.hset(self._keys("progress"), mapping={name: str(value) for name, value in fields.items()})
+        values = [text for name, value in fields.items() for text in (name, str(value))]
+        try:
+            call(self._redis, "set_progress", self._keys.of_functions(), *values)
+        except ResponseError as error:
+            raise replies.refusal(error) from error
 
     def stop_requested(self) -> str | None:
         """Why the run should end after this step, or None."""
         return self._view.stop_requested()
+
+    def memory_share(self) -> float:
+        """How much of its memory limit Redis uses; 0 where it has none."""
+        return self._view.memory_share()
 
     def in_flight(self, kind: Kind) -> InFlight:
         """How many groups of a kind are waiting, leased and finished."""

@@ -56,6 +56,10 @@ class RunView:
         reason = self._redis.get(self._keys("stop"))
         return None if reason is None else replies.text(reason)
 
+    def memory_share(self) -> float:
+        """How much of its memory limit Redis uses; at 1 it takes no more work. 0 where it has none."""
+        return replies.memory_share(self._redis.info("memory"))
+
     def in_flight(self, kind: Kind) -> InFlight:
         """How many groups of a kind are waiting, leased and finished."""
         with self._redis.pipeline(transaction=True) as pipeline:
@@ -79,7 +83,7 @@ class RunView:
 
 def request_stop(redis: Redis, run: str, reason: str) -> None:
     """Ask the trainer to finish its step, save and end."""
-    redis.set(Keys(run)("stop"), reason)
+    call(redis, "stop", Keys(run).of_functions(), reason)
 
 
 def clear_stop(redis: Redis, run: str) -> None:
@@ -102,11 +106,17 @@ def evict(redis: Redis, run: str, member: Member) -> None:
 
 
 def replay_dead(redis: Redis, run: str, entry_id: str) -> bool:
-    """Put work that was set aside back into its queue, as if it were new. False if its group is there already."""
+    """Put work that was set aside back into its queue, as if it were new. False if its group is there already.
+
+    Raises RedisFull.
+    """
     view, keys = RunView(redis, run), Keys(run)
     work = next(work for work in view.dead() if work.entry_id == entry_id)
     crc = checksum(work.group_id, view.dead_bytes(entry_id))
-    return bool(call(redis, "replay", keys.of_functions(), entry_id, crc))
+    try:
+        return bool(call(redis, "replay", keys.of_functions(), entry_id, crc))
+    except ResponseError as error:
+        raise replies.refusal(error) from error
 
 
 def drop_dead(redis: Redis, run: str, entry_id: str) -> None:

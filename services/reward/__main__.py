@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 
 from retort.config import ConfigError, RewardConfig, load_config
 from retort.telemetry import start_logging
+from retort.unpickling import refuse_unpickling
 from services.reward.checkers import Checker
 from services.reward.discovery import GROUP, load_checkers
 from services.reward.security import Security, read_security
@@ -31,6 +32,7 @@ or a port in use. The API is docs/reward-api.md.
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     start_logging("reward")
+    refuse_unpickling()
     try:
         config = load_config(arguments.config).reward if arguments.config else RewardConfig()
         host = config.host if arguments.host is None else arguments.host

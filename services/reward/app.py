@@ -11,9 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from retort.tokens import TokenRequired
 from services.reward.admission import FullError
 from services.reward.checkers import Reward
-from services.reward.http_limits import BodyLimit, TokenCheck
+from services.reward.http_limits import BodyLimit
 from services.reward.http_messages import (
     CheckersBody,
     OpenRlhfBody,
@@ -62,7 +63,7 @@ def make_app(scorer: Scorer, security: Security) -> FastAPI:
     )
     app.state.service = _State()
     app.add_middleware(BodyLimit)
-    app.add_middleware(TokenCheck, security=security)
+    app.add_middleware(TokenRequired, accepts=security.accepts)
     _add_problems(app)
     _add_probes(app)
     _add_scoring(app, scorer)

@@ -1,4 +1,4 @@
-"""What stands before the HTTP routes: the size of a body, the time it may take, and tokens."""
+"""What stands before the HTTP routes: the size of a body, and the time it may take."""
 
 import asyncio
 from collections.abc import MutableMapping
@@ -8,13 +8,10 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.reward.requests import MAX_REQUEST_BYTES
-from services.reward.security import Security
 
 BODY_S = 30.0
 """Longest time for a body to arrive."""
 MAX_UNREAD_BYTES = 4 * MAX_REQUEST_BYTES
-OPEN_PATHS = ("/healthz", "/readyz")
-"""What may be asked without a token."""
 
 
 class BodyLimit:
@@ -63,25 +60,7 @@ async def _read(receive: Receive) -> bytes | None:
             return None if refused else b"".join(parts)
 
 
-class TokenCheck:
-    """Lets through whoever shows a token."""
-
-    def __init__(self, app: ASGIApp, security: Security) -> None:
-        self._app = app
-        self._security = security
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            shown = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
-            if not self._security.accepts(shown):
-                await _answer(send, 401, "send a token of this service: Authorization: Bearer TOKEN")
-                return
-        await self._app(scope, receive, send)
-
-
 async def _answer(send: Send, status: int, error: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": msgspec.json.encode({"error": error, "field": ""})})

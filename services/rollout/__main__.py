@@ -9,11 +9,13 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from retort.config import ConfigError, RunConfig, load_config
+from retort.config import ConfigError, RunConfig, load_config, secret
+from retort.identity import identity_of
 from retort.queues import Evicted, RolloutQueue, connect_async
 from retort.telemetry import log_event, log_with, start_logging
 from retort.weight_sync import authorization
@@ -24,6 +26,9 @@ from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
 from services.rollout.sampler import Decoder, Sampler
 from services.rollout.weight_receiver import WeightReceiver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class EngineDied(Exception):
@@ -74,15 +79,16 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
 
     engine, inference_of = _engine(config, engine_name)
     try:
-        reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s)
-        receiver = WeightReceiver(engine)
+        tokenizer = _tokenizer(config.model.path)
+        reward = RewardClient(config.reward.address, deadline_s=config.reward.deadline_s, token=secret("REWARD_TOKEN"))
+        receiver = WeightReceiver(engine, identity_of(config, tokenizer))
         sampler = Sampler(
             name=name,
             queue=queue,
             engine=engine,
             receiver=receiver,
             reward=reward,
-            decode=_decoder(config.model.path),
+            decode=_decoder(tokenizer),
             concurrent_groups=config.rollout.concurrent_groups,
             lease_s=config.rollout.lease_s,
             max_deliveries=config.rollout.max_deliveries,
@@ -174,11 +180,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _decoder(model: str) -> Decoder:
+def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    return AutoTokenizer.from_pretrained(model)  # type: ignore[no-any-return]
 
+
+def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Decoder:
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 

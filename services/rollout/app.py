@@ -4,11 +4,18 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp
 
+from retort.tokens import PROBES, TokenRequired
 from services.rollout.weight_receiver import WeightReceiver
 
+POLICY_PATHS = frozenset({"/v1/models", "/v1/chat/completions", "/v1/completions", "/generate"})
+"""What `inference` offers to everybody who reaches the port."""
 
-def make_app(receiver: WeightReceiver, inference: ASGIApp | None = None) -> FastAPI:
-    """Routes: /healthz (alive), /readyz (serves a verified policy), /metrics; every other path is `inference`'s."""
+
+def make_app(receiver: WeightReceiver, inference: ASGIApp | None = None) -> ASGIApp:
+    """Routes: /healthz (alive), /readyz (serves a verified policy), /metrics, and those of the policy.
+
+    Any other path answers 401, should a library bring one along: nobody has a token for it.
+    """
     app = FastAPI(title="Retort rollout server", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
@@ -27,4 +34,4 @@ def make_app(receiver: WeightReceiver, inference: ASGIApp | None = None) -> Fast
 
     if inference is not None:
         app.mount("/", inference)
-    return app
+    return TokenRequired(app, lambda shown: False, PROBES | POLICY_PATHS)

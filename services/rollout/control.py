@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from retort.rollouts import Message
+from retort.tokens import TokenRequired
 from retort.weight_sync import CommitRequest, PrepareRequest, ProbeRequest, TransferRequest
 from services.rollout.weight_receiver import RefusedError, WeightReceiver
 
@@ -24,23 +25,8 @@ def make_control_app(receiver: WeightReceiver, authorization: str) -> ASGIApp:
     _route(app, "transfer", TransferRequest, receiver.transfer)
     _route(app, "probe", ProbeRequest, receiver.probe)
     _route(app, "commit", CommitRequest, receiver.commit)
-    return TokenRequired(app, authorization)
-
-
-class TokenRequired:
-    """Lets requests with the right `Authorization` header through; any other gets 401, whatever its path."""
-
-    def __init__(self, app: FastAPI, authorization: str) -> None:
-        self.app = app
-        self._expected = authorization.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sent = dict(scope["headers"]).get(b"authorization", b"")
-        if secrets.compare_digest(sent, self._expected):
-            await self.app(scope, receive, send)
-        else:
-            refusal = Response("the token is missing or wrong\n", status_code=401, media_type="text/plain")
-            await refusal(scope, receive, send)
+    expected = authorization.encode()
+    return TokenRequired(app, lambda shown: secrets.compare_digest(shown, expected), open_paths=frozenset())
 
 
 def _route(app: FastAPI, name: str, request_type: type[M], act: Callable[[M], Awaitable[Message]]) -> None:

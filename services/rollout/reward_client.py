@@ -56,11 +56,15 @@ class RewardClient:
     To be created where the event loop runs, and closed there.
     """
 
-    def __init__(self, address: str, *, deadline_s: float, budget_s: float = 60.0) -> None:
-        """`deadline_s` bounds one call, `budget_s` all repetitions of it together; both in seconds."""
+    def __init__(self, address: str, *, deadline_s: float, budget_s: float = 60.0, token: str = "") -> None:
+        """`deadline_s` bounds one call, `budget_s` all repetitions of it together; both in seconds.
+
+        `token`: what the service asks for; empty: nothing.
+        """
         self._address = address
         self._deadline_s = deadline_s
         self._budget_s = budget_s
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._service = reward_pb2_grpc.RewardServiceStub(self._channel)
 
@@ -95,7 +99,7 @@ class RewardClient:
             timeout_s = min(self._deadline_s, give_up - time.monotonic())
             try:
                 response: reward_pb2.ScoreResponse = await self._service.Score(
-                    request, timeout=timeout_s, wait_for_ready=True
+                    request, timeout=timeout_s, wait_for_ready=True, metadata=self._metadata
                 )
                 return response
             except grpc.aio.AioRpcError as error:

@@ -109,7 +109,9 @@ class Sampler:
             log_event("group_refused", logging.WARNING, reason=error)
             if lease.deliveries >= self.max_deliveries:
                 await self.queue.bury(lease, str(error))
-            # Otherwise the lease runs out, which counts as a failure and keeps a refusal from being repeated at once.
+            else:
+                # The lease runs out, which counts as a failure and keeps a refusal from being repeated at once.
+                await self.queue.fail(lease, str(error))
         finally:
             async with self._finished:
                 # Absent where this process slept so long that it was given its own work again.

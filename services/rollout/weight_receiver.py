@@ -10,6 +10,7 @@ version was being verified leaves the replica only after that version was commit
 import asyncio
 import contextlib
 
+from retort.identity import NOBODY, Identity
 from retort.telemetry import log_event
 from retort.weight_sync import (
     CommitRequest,
@@ -30,8 +31,10 @@ class RefusedError(Exception):
 class WeightReceiver:
     """Which version the replica serves. Only `commit` of a verified version makes it serve."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, identity: Identity = NOBODY) -> None:
+        """`identity`: of this replica; a trainer of another is refused."""
         self._engine = engine
+        self._identity = identity
         self.epoch = 0
         """Of the newest trainer that has asked for anything. A version means something only within it."""
         self._phase = "joining"
@@ -48,6 +51,8 @@ class WeightReceiver:
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Freeze generation and expect `request.version`. Repeating it after a failure is allowed."""
         async with self._one_at_a_time:
+            if contradiction := self._identity.contradiction(request.identity):
+                raise RefusedError(f"this replica does not belong to this trainer: {contradiction}")
             # Before anything is awaited: two trainers may be calling, and the older one must find the newer epoch.
             self._refuse_older(request.epoch)
             was_updating = self._phase in ("prepared", "received")

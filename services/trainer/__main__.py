@@ -13,9 +13,12 @@ from transformers import AutoTokenizer
 
 from retort.config import ConfigError, RunConfig, load_config
 from retort.disk import DiskFullError
+from retort.identity import identity_of
+from retort.metrics_file import validation_scores
 from retort.questions import Question
 from retort.queues import Fenced, RunView, TrainerQueue, connect
 from retort.telemetry import die_with_parent, log_event, log_with, start_logging
+from retort.unpickling import refuse_unpickling
 from retort.weight_sync import authorization
 from services.trainer.admission import GivenUpError, StalledError, WorkList
 from services.trainer.checkpoint import Checkpoints
@@ -42,6 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     start_logging("trainer")
     die_with_parent()
+    refuse_unpickling()
     try:
         config = load_config(args.config)
         log_with(run=config.key_prefix)
@@ -68,7 +72,13 @@ def run(config: RunConfig) -> int:
         fence = Fence(config.directory / "epoch", config.timeouts.startup_s) if is_first else None
         # Before anything is read: a trainer that is still alive must not commit another checkpoint after that.
         queue = _take_over(config, fence) if fence else None
-        checkpoints = Checkpoints(config.directory / "checkpoints", config.checkpoint.keep_last, fence)
+        checkpoints = Checkpoints(
+            config.directory / "checkpoints",
+            config.checkpoint.keep_last,
+            fence,
+            keep_best=config.checkpoint.keep_best,
+            scores=lambda: validation_scores(config.directory, config.validation.samples),
+        )
         if checkpoints.load(policy, teacher):
             log_event("resumed", version=policy.version)
 
@@ -78,7 +88,12 @@ def run(config: RunConfig) -> int:
             queue.withdraw_later(policy.version + 1 + config.trainer.max_staleness)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             sender = WeightSender(
-                queue, config.weight_sync, epoch=fence.epoch, backend=backend, authorization=authorization()
+                queue,
+                config.weight_sync,
+                epoch=fence.epoch,
+                backend=backend,
+                authorization=authorization(),
+                identity=identity_of(config, tokenizer),
             )
             journal = RunJournal(
                 config,

@@ -1,5 +1,6 @@
 """Which question belongs to which step, and the wait for its finished groups. Rank 0 only."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ import numpy as np
 
 from retort.config import RunConfig
 from retort.questions import Question
-from retort.queues import Kind, TrainerQueue
+from retort.queues import Kind, RedisFull, TrainerQueue
 from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem, sample_seed
 
 POLL_S = 0.25
@@ -173,7 +174,8 @@ class GroupReader:
             self._give_up_on_dead(missing)
             if now - asked > ISSUE_AGAIN_S:
                 # What Redis forgot, or what arrived damaged, is asked for again; the rest is left alone.
-                self.queue.issue(missing)
+                with contextlib.suppress(RedisFull):  # there it is sampled as long as it takes, or asked for later
+                    self.queue.issue(missing)
                 asked = now
             if now - last_arrival > self.stall_s:
                 raise StalledError(self._stalled(missing))

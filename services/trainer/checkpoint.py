@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +48,24 @@ class Saved:
 class Checkpoints:
     """The directory `checkpoints/` of a run. `save` and `load` are collectives."""
 
-    def __init__(self, directory: Path, keep_last: int, fence: Fence | None = None) -> None:
-        """`fence` is rank 0's: only the newest trainer commits."""
+    def __init__(
+        self,
+        directory: Path,
+        keep_last: int,
+        fence: Fence | None = None,
+        *,
+        keep_best: int = 0,
+        scores: Callable[[], Mapping[int, float]] = dict,
+    ) -> None:
+        """`fence` is rank 0's: only the newest trainer commits. `scores`: what validation has given each version."""
         self._directory = directory
         self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._scores = scores
         self._fence = fence
 
     def save(self, policy: Policy, teacher: Teacher) -> None:
-        """Write policy, teacher and optimizer; once that is durable, delete what `keep_last` no longer covers.
+        """Write policy, teacher and optimizer; once that is durable, delete what no `keep_` covers any more.
 
         Raises Fenced if a newer trainer has taken over; then nothing has changed.
         """
@@ -115,13 +125,20 @@ class Checkpoints:
         return True
 
     def _tidy(self, version: int) -> None:
-        """Delete what this version has made unnecessary: older ones beyond `keep_last`, later ones of a lost timeline.
+        """Delete what this version has made unnecessary: older ones that are not among the last or the best, later ones
+        of a lost timeline.
 
         A run that resumed from an earlier checkpoint leaves later ones behind, damaged or of a future that is not
         this run's any more.
         """
         mine = [path for path in self._all() if _version_of(path) <= version]
-        for path in set(self._all()) - set(mine[-self._keep_last :]):
+        scores = self._scores()
+        # Of equal scores the newer. One that is validated beside the next step has its score before that is saved.
+        ranked = sorted(
+            ((scores[_version_of(path)], path) for path in mine if _version_of(path) in scores), reverse=True
+        )
+        kept = {*mine[-self._keep_last :], *(path for _, path in ranked[: self._keep_best])}
+        for path in set(self._all()) - kept:
             shutil.rmtree(path)
         for path in self._directory.glob("*.unfinished"):
             shutil.rmtree(path)

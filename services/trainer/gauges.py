@@ -51,6 +51,7 @@ STEP_GAUGES: Mapping[str, Gauge] = MappingProxyType(
         "perf/max_memory_allocated_gb": _of_step("peak_memory_gigabytes", "The most memory that a rank had."),
         "timing_s/step": _of_step("step_seconds", "The whole step."),
         "timing_s/wait_groups": _of_step("wait_groups_seconds", "Waiting for rollouts."),
+        "timing_s/wait_redis": _of_step("wait_redis_seconds", "Waiting for Redis, at its memory limit, to take work."),
         "timing_s/wait_replica": _of_step("wait_replica_seconds", "Waiting for a rollout replica."),
         "timing_s/old_logprobs": _of_step("old_logprobs_seconds", "Computing log-probs of the policy before the step."),
         "timing_s/teacher": _of_step("teacher_seconds", "Computing the teacher's log-probs."),

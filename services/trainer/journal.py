@@ -29,6 +29,7 @@ from services.trainer.work import Work, work_metrics
 Decode = Callable[[Sequence[int]], str]
 PHASES = {
     "wait_replica": "waiting for a rollout replica",
+    "wait_redis": "waiting for room in Redis",
     "wait_groups": "waiting for rollouts",
     "validation": "validating",
     "old_logprobs": "training",
@@ -114,6 +115,7 @@ class RunJournal(Journal):
         self._validation: dict[str, float] = {}
         with fence.held():
             lines = _cut_back(self._directory / "metrics.jsonl", version)
+            _drop_torn_line(self._directory / "timeline.jsonl")
             for groups in (*self._directory.glob("rollouts/step-*"), *self._directory.glob("validation/step-*")):
                 if int(groups.stem.removeprefix("step-")) > version:
                     groups.unlink()
@@ -195,7 +197,9 @@ class RunJournal(Journal):
     def _append(self, step: int, metrics: Mapping[str, float]) -> None:
         elapsed = time.perf_counter() - self._step_started
         tokens = metrics.get("perf/total_num_tokens", 0.0)
-        not_training = sum(self.seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica"))
+        not_training = sum(
+            self.seconds.get(name, 0.0) for name in ("validation", "checkpoint", "wait_replica", "wait_redis")
+        )
         line = {
             "step": step,
             "time": time.time(),
@@ -287,6 +291,13 @@ def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """What a crash left of a last line would make the next one unreadable too."""
+    if path.exists():
+        with writing(path):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def _cut_back(path: Path, version: int) -> list[dict[str, Any]]:

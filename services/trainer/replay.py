@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from retort.config import ConfigError, RunConfig, load_config
 from retort.rollouts import RolloutGroup
 from retort.telemetry import die_with_parent, log_event, start_logging
+from retort.unpickling import refuse_unpickling
 from services.trainer.batch import StepBatch
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
@@ -52,6 +53,7 @@ def main() -> int:
     args = parser.parse_args()
     start_logging("replay")
     die_with_parent()
+    refuse_unpickling()
     try:
         replay(load_config(args.config), args.step, args.out)
     except ConfigError as error:
@@ -99,6 +101,9 @@ class RecordedSteps(Steps):
 
     def finish_validation(self) -> float | None:
         return None
+
+    def should_save(self) -> bool:
+        return False
 
 
 class Unchanged(Checkpoints):

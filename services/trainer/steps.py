@@ -8,7 +8,7 @@ from statistics import fmean
 import msgspec
 
 from retort.config import RunConfig
-from retort.queues import TrainerQueue
+from retort.queues import RedisFull, TrainerQueue
 from retort.rollouts import RolloutGroup, WorkItem
 from retort.telemetry import log_event
 from services.trainer.admission import GroupReader, StalledError, WorkList
@@ -21,7 +21,10 @@ from services.trainer.weight_sender import WeightSender
 MAX_REFILLS = 3
 """Then a step is made up with groups that teach nothing: their share of the loss is 0, its denominator stays."""
 TICK, TICK_EVERY_S = b"still waiting", 20.0
-DONE = b""
+DONE, YES = b"", b"yes"
+NEARLY_FULL = 0.8
+"""Share of Redis' memory limit from which on groups leave it after every step, and work is not asked for ahead."""
+ADMIT_AGAIN_S = 0.2
 STOP_PATIENCE_S = 10.0
 """A request to stop lets a step finish, unless nothing has come for so long."""
 Assemble = Callable[[int, list[RolloutGroup]], StepBatch]
@@ -58,6 +61,10 @@ class Steps:
 
     def release(self, version: int) -> None:
         """Let go of the groups that a durable checkpoint of `version` contains."""
+
+    def should_save(self) -> bool:
+        """Whether Redis is so full that the groups of this step had better be made durable and leave. A collective."""
+        return _follow() == YES
 
     def _batch(self, step: int, groups: bytes) -> StepBatch:
         return self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup]))
@@ -113,7 +120,7 @@ class Rank0Steps(Steps):
                 return None
             replicas = self._wait_for_a_replica(version)
             self._pending = version, self._work.of_validation(version)
-            self._queue.issue(self._pending[1])
+            self._issue(self._pending[1])
             goes_first = at_once or replicas == 1 or self._config.trainer.deterministic
             return self._collect_validation() if goes_first else None
         except StopRequested:
@@ -144,6 +151,13 @@ class Rank0Steps(Steps):
     def release(self, version: int) -> None:
         self._train.release(lambda group: group.step <= version)
 
+    def should_save(self) -> bool:
+        share = self._queue.memory_share()
+        if share > NEARLY_FULL:
+            log_event("redis_nearly_full", logging.WARNING, share=share, action="saving, so that groups leave it")
+        broadcast_bytes(YES if share > NEARLY_FULL else DONE)
+        return share > NEARLY_FULL
+
     def _parts(self, step: int) -> Iterator[list[RolloutGroup]]:
         """The step's groups in whole updates, in the order of their arrival; or all of them, in slot order."""
         self._wait_for_a_replica(step - 1)
@@ -161,11 +175,38 @@ class Rank0Steps(Steps):
             yield part
 
     def _admit(self, step: int) -> list[WorkItem]:
-        """Ask for the groups of the step, and of as many more as may be sampled ahead of it."""
+        """Ask for the groups of the step, and of as many more as may be sampled ahead of it while Redis has room."""
+        items = self._work.of_step(step)
+        self._issue(items)
         last = min(step + self._config.trainer.max_staleness, self._config.trainer.steps)
-        for admitted in range(step, last + 1):
-            self._queue.issue(self._work.of_step(admitted))
-        return self._work.of_step(step)
+        for ahead in range(step + 1, last + 1):
+            if self._queue.memory_share() < NEARLY_FULL:
+                self._issue(self._work.of_step(ahead))
+        return items
+
+    def _issue(self, items: Sequence[WorkItem]) -> None:
+        """Queue work; at Redis' memory limit wait until it has room. Raises StalledError, StopRequested."""
+        if self._is_issued(items):
+            return
+        started = time.monotonic()
+        with self._journal.timing("wait_redis", waiting_for="room in Redis, which is at its memory limit"):
+            while not self._is_issued(items):
+                waited_s = time.monotonic() - started
+                self._idle(waited_s)
+                if waited_s > self._config.timeouts.stall_s:
+                    raise StalledError(
+                        f"Redis has been at its memory limit for {waited_s:.0f} s (timeouts.stall_s), so {len(items)} "
+                        "work items cannot be admitted. Raise its maxmemory, or remove what else it holds; then "
+                        "--resume."
+                    )
+                time.sleep(ADMIT_AGAIN_S)
+
+    def _is_issued(self, items: Sequence[WorkItem]) -> bool:
+        try:
+            self._queue.issue(items)
+        except RedisFull:
+            return False
+        return True
 
     def _whole(self, step: int, items: Sequence[WorkItem], refills: bool) -> Iterator[list[RolloutGroup]]:
         groups = self._train.collect(items)
@@ -177,7 +218,7 @@ class Rank0Steps(Steps):
             teaching = [group for group in groups if len({rollout.reward for rollout in group.rollouts}) > 1]
             idle = [group for group in groups if group not in teaching]
             items = self._work.refill(step, attempt, len(idle)) if idle else []
-            self._queue.issue(items)
+            self._issue(items)
             groups = teaching + self._train.collect(items) + idle[len(items) :]
         return groups
 

@@ -70,7 +70,7 @@ def train(
         journal.record(batch, updates, weights.report, policy.take_work())
         with journal.timing("checkpoint"):
             exports.after_step(weights.snapshot, score)
-        if is_last or policy.version % config.checkpoint.every == 0:
+        if is_last or policy.version % config.checkpoint.every == 0 or steps.should_save():
             saved_version = save(policy, teacher, steps, checkpoints, journal)
 
     if saved_version != policy.version:

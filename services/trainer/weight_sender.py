@@ -19,6 +19,7 @@ import httpx
 from torch.distributed import TCPStore
 
 from retort.config import WeightSyncConfig
+from retort.identity import Identity
 from retort.queues import Member, TrainerQueue
 from retort.rollouts import Message
 from retort.telemetry import log_event
@@ -74,11 +75,19 @@ class WeightSender:
     """Holds the published snapshot and brings replicas to it."""
 
     def __init__(
-        self, queue: TrainerQueue, config: WeightSyncConfig, *, epoch: int, backend: str, authorization: str
+        self,
+        queue: TrainerQueue,
+        config: WeightSyncConfig,
+        *,
+        epoch: int,
+        backend: str,
+        authorization: str,
+        identity: Identity,
     ) -> None:
         self._queue = queue
         self._config = config
         self._epoch = epoch
+        self._identity = identity
         self._backend = backend
         # Made once: reading the certificate authorities takes longer than a whole sync of a small model.
         self._tls = httpx.create_ssl_context()
@@ -134,7 +143,7 @@ class WeightSender:
         version, epoch = snapshot.version, self._epoch
         timeout_s, headers = self._config.deadline_s, self._headers
         async with httpx.AsyncClient(timeout=timeout_s, verify=self._tls, headers=headers) as http:
-            prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest)
+            prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest, identity=self._identity)
             with self._timed("prepare"):
                 ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
 

@@ -20,7 +20,18 @@ import services.trainer.checkpoint
 import services.trainer.export
 from services.trainer.weight_sender import WeightSender
 
-REPEATED = ("XREAD", "HGETALL", "HSET", "GET", "XRANGE", "PING", "INFO", "pipeline", "FUNCTION", "FCALL issue")
+REPEATED = (
+    "XREAD",
+    "HGETALL",
+    "FCALL progress",
+    "GET",
+    "XRANGE",
+    "PING",
+    "INFO",
+    "pipeline",
+    "FUNCTION",
+    "FCALL issue",
+)
 
 
 class Boundaries:

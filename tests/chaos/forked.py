@@ -33,7 +33,7 @@ import services.rollout.__main__
 import services.rollout.simulated_model
 import services.trainer.__main__
 from retort.cli import processes
-from retort.cli.process_table import plan_programs
+from retort.cli.process_table import SECRETS, plan_programs
 from retort.cli.processes import Program
 from retort.config import RunConfig
 from retort.telemetry import LAUNCHER_PID, die_with_parent
@@ -114,16 +114,32 @@ def plan_with_faults(
 ) -> tuple[str, list[Program]]:
     """As `plan_programs`, but what is held is not started, and services go through the links."""
     url, programs = plan_programs(config, config_file)
+    let_testers_in(config)
 
     def held(program: Program) -> Program:
         gate = hold(config.directory, program.name)
         return replace(
             program,
-            environment={**program.environment, **links.get(program.name, {})},
+            environment=through_links(program.environment, links.get(program.name, {})),
             may_start=lambda: not gate.exists() and program.may_start(),
         )
 
     return url, [held(program) for program in programs]
+
+
+def let_testers_in(config: RunConfig) -> None:
+    """A user who may do everything: no role may empty Redis, and a test has to."""
+    with (config.directory / SECRETS / "redis" / "users.acl").open("a") as users:
+        users.write("user tester on nopass allkeys allchannels allcommands\n")
+
+
+def through_links(environment: Mapping[str, str], link: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a service that goes through its links; in Redis it is the same user there."""
+    linked = {**environment, **link}
+    if "RETORT_REDIS__URL" in link:
+        user, _, _ = Path(linked.pop("RETORT_REDIS__URL_FILE")).read_text().rpartition("@")
+        linked["RETORT_REDIS__URL"] = f"{user}@{link['RETORT_REDIS__URL'].removeprefix('redis://')}"
+    return linked
 
 
 def spawn(program: Program) -> subprocess.Popen[bytes]:

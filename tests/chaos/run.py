@@ -156,7 +156,7 @@ class ChaosRun(LaunchedRun):
         """A client that tells at once when nobody answers."""
         address = self._address("redis")
         if address not in self._clients:
-            self._clients[address] = open_redis(f"redis://{address}/0")
+            self._clients[address] = open_redis(f"redis://tester:any@{address}/0")
         return self._clients[address]
 
     @property

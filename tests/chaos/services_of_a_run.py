@@ -35,7 +35,8 @@ class Services:
         file = config.directory / "config.toml"
         file.write_text(dump_config(config))
         url, programs = plan_programs(config, file)
-        self.redis: Redis = open_redis(url)
+        forked.let_testers_in(config)
+        self.redis: Redis = open_redis(f"redis://tester:any@{url.rpartition('@')[2]}")
         self._programs = {program.name: program for program in programs}
         for name in [name for name in self._programs if name != "trainer"]:
             forked.spawn(self._programs[name])

@@ -13,7 +13,6 @@ from tests.e2e.launched_run import SETTINGS, LaunchedRun
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("redis", "reward", "rollout", "trainer")
-PASSWORD = "for-this-test-only"
 
 
 class Stack:
@@ -29,11 +28,10 @@ class Stack:
         self._overlay.write_text(json.dumps({"services": services}))
 
     def compose(self, *arguments: str) -> None:
-        """podman-compose, with both files and a password for Redis."""
+        """podman-compose, with both files."""
         files = ["--file", str(ROOT / "docker-compose.yml"), "--file", str(self._overlay)]
         options = ["--podman-build-args=--network host", "--project-name", self._project, *files]
-        environment = {**os.environ, "REDIS_PASSWORD": PASSWORD}
-        subprocess.run(["podman-compose", *options, *arguments], cwd=ROOT, env=environment, check=True)
+        subprocess.run(["podman-compose", *options, *arguments], cwd=ROOT, check=True)
 
     def remove(self) -> None:
         """Leave no container, volume or network. `down` alone forgets the replicas that `--scale` added."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class LaunchedRun:
         self.addresses: set[str] = set()
         self.shared_memory: set[Path] = set()
         self._looked_at = 0.0
+        self.answers: Mapping[str, str] = {}
+        """What an outsider was answered, if one tried."""
 
     def start(self, *arguments: str, **settings: object) -> None:
         """`retort run`; keys of the run file are written with two underscores for the dot."""

@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.cli.__main__ import main as retort_main
 from tests.e2e.launched_run import GROUPS_PER_STEP, ROOT, LaunchedRun
+from tests.e2e.outsider import COMMANDS, ROLES, answers_to_an_outsider
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -77,9 +79,14 @@ def check_training(run: LaunchedRun, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
-    """A run of three steps with two trainer ranks, whose updates start when their groups are there, at its end."""
+    """A run of three steps with two trainer ranks, whose updates start when their groups are there, at its end.
+
+    Meanwhile an outsider has tried its ports.
+    """
     run = LaunchedRun(tmp_path_factory.mktemp("finished") / "run")
     run.start(trainer__steps=STEPS, trainer__ranks=2, trainer__update_order="arrival", checkpoint__every=1)
+    run.until_step(0)
+    run.answers = answers_to_an_outsider(run)
     assert run.finish() == 0, run.tails()
     return run
 
@@ -147,6 +154,21 @@ def test_a_finished_run_leaves_no_process_no_port_and_no_shared_memory(finished:
     assert len(finished.addresses) == 3  # Valkey, reward service, rollout service
     assert len(finished.shared_memory) >= 1  # between vLLM's processes
     assert finished.leftovers() == NOTHING_LEFT
+
+
+def test_whoever_has_no_secret_of_the_run_gets_nothing_and_a_role_only_its_own(finished: LaunchedRun) -> None:
+    refused = {f"redis, {role}, {command}": "NoPermissionError" for role in ROLES for command in COMMANDS}
+    assert finished.answers == refused | {f"redis, {role}, PING": "True" for role in ROLES} | {
+        "redis, no password": "AuthenticationError",
+        "reward": "UNAUTHENTICATED",
+        "reward, wrong token": "UNAUTHENTICATED",
+        "reward, token": "reward 1.0",
+        "control": "401",
+    }
+    secrets = [file for file in (finished.directory / "secrets").glob("*/*") if file.suffix != ".acl"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in secrets} == {0o600}
+    assert {stat.S_IMODE(file.parent.stat().st_mode) for file in secrets} == {0o700}
+    assert stat.S_IMODE((finished.directory / "config.toml").stat().st_mode) == 0o600
 
 
 def test_a_run_of_a_new_task_is_resumed_after_an_interruption_and_after_its_launcher_was_killed(

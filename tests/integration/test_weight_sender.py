@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from retort.config import WeightSyncConfig
+from retort.identity import Identity
 from retort.queues import Evicted
 from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest
 from services.trainer.weight_sender import Probe, WeightSender
@@ -28,7 +29,9 @@ TENSORS_ONE_BY_ONE = 1e-6
 
 def a_sender(run: Run, epoch: int = 1) -> WeightSender:
     config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4)
-    return WeightSender(run.trainer(epoch), config, epoch=epoch, backend="gloo", authorization=AUTHORIZATION)
+    return WeightSender(
+        run.trainer(epoch), config, epoch=epoch, backend="gloo", authorization=AUTHORIZATION, identity=Identity()
+    )
 
 
 def publish(sender: WeightSender, version: int, *, bucket_mib: float = 0.004) -> torch.nn.Module:
@@ -72,6 +75,21 @@ def test_every_replica_serves_what_was_sent_version_after_version(run: Run) -> N
                 assert replica.says_it_serves(version)
             assert sender.report.replicas == 2
             assert sender.report.probe_gap < 1e-4
+
+
+def test_a_replica_with_another_chat_template_is_refused_and_both_are_named(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender = a_sender(run)
+    publish(sender, 0)
+    other = TorchReplica(run)
+    other.receiver._identity = Identity(run="", chat_template="00c0ffee00c0ffee")
+    with other:
+        assert sender.sync() == 0
+        [(name, phase, reason)] = evictions(caplog)
+        assert (name, phase) == (other.name, "prepare")
+        assert "its chat template is 00c0ffee00c0ffee and the trainer's is " in reason
+        assert_evicted(run, other)
 
 
 @pytest.mark.parametrize("bucket_mib", [TENSORS_ONE_BY_ONE, 1.0])

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from transformers import AutoModelForCausalLM
 
 from retort.config import WeightSyncConfig, load_config
+from retort.identity import Identity
 from retort.queues import Evicted
 from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.rollout.weight_receiver import WeightReceiver
@@ -32,7 +33,9 @@ class Fleet:
     def __init__(self, run: Run, replica: Replica) -> None:
         self.run, self.replica = run, replica
         config = WeightSyncConfig(max_probe_gap=1e-3)
-        self.sender = WeightSender(run.trainer(), config, epoch=1, backend="gloo", authorization=AUTHORIZATION)
+        self.sender = WeightSender(
+            run.trainer(), config, epoch=1, backend="gloo", authorization=AUTHORIZATION, identity=Identity()
+        )
         self.model = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", dtype=torch.float32).eval()
         self._shipped = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         self.version = 0

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("rollout", "reward", "trainer")
-SHARED = ("config", "rollouts", "queues", "weight_sync", "telemetry", "proto")
+SHARED = ("config", "rollouts", "queues", "weight_sync", "telemetry", "identity", "tokens", "unpickling", "proto")
 """What the services agree on. The rest of `retort/` is the command line and the client for outsiders."""
 
 READ_OUTSIDE = ("questions", "metrics_file", "disk")
@@ -254,6 +254,15 @@ def test_the_lock_holds_what_the_project_needs(lock: str, extra: str) -> None:
     needed = needed_by(extra)
     lacking = [one for one in needed if not one.specifier.contains(locked.get(canonicalize_name(one.name), "0"))]
     assert lacking == []
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda lock: lock.name)
+def test_a_lock_names_one_version_of_each_package_and_nothing_else(lock: Path) -> None:
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith(("#", "--extra-index-url"))]
+    pins = [re.fullmatch(r"([\w.-]+)(==[\w.+!-]+|; sys_platform == \"never\")", line) for line in lines]
+    assert [line for line, pin in zip(lines, pins, strict=True) if not pin] == []
+    names = [canonicalize_name(pin[1]) for pin in pins if pin]
+    assert [name for name in names if names.count(name) > 1] == []
 
 
 def test_one_version_of_torch_is_named_everywhere() -> None:

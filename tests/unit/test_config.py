@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from retort.config import ConfigError, MissingDependencyError, RunConfig, dump_config, load_config
+from retort.config import ConfigError, MissingDependencyError, RunConfig, dump_config, load_config, secret
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = """\
@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 83
+MOST_FIELDS = 84
 
 
 @pytest.fixture
@@ -177,6 +177,17 @@ def test_the_command_line_beats_the_environment_and_that_the_file_and_that_the_d
     assert config.trainer.group_size == 8
 
 
+def test_a_secret_may_lie_in_a_file_that_a_variable_names(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("redis://trainer:secret@redis:6379/0\n")
+    env = {"RETORT_REDIS__URL_FILE": str(tmp_path / "url"), "CONTROL_TOKEN_FILE": str(tmp_path / "url")}
+    assert load_config(run_file, env=env).redis.url == "redis://trainer:secret@redis:6379/0"
+    assert secret("CONTROL_TOKEN", env) == "redis://trainer:secret@redis:6379/0"
+    assert secret("CONTROL_TOKEN", env | {"CONTROL_TOKEN": "given"}) == "given"
+    assert secret("REWARD_TOKEN", env) == ""
+    with pytest.raises(ConfigError, match=r"RETORT_REDIS__URL_FILE = \S*gone: No such file or directory"):
+        load_config(run_file, env={"RETORT_REDIS__URL_FILE": str(tmp_path / "gone")})
+
+
 def test_variables_of_others_in_our_name_space_are_left_alone(run_file: Path) -> None:
     ours = "LAUNCHER_PID ENGINE_PARENT VECTORS CHAOS_SEED REWARD_SERVICE REWARD_SERVICE_HOST REDIS_PORT RUN SCIKNOWEVAL"
     load_config(run_file, env={f"RETORT_{name}": "1" for name in ours.split()} | {"PATH": "/bin"})
@@ -195,6 +206,7 @@ def test_values_are_frozen(run_file: Path) -> None:
         load_config(run_file, env={}).trainer.steps = 4  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(min_value=0, max_value=2**63 - 1),
     rate=st.floats(min_value=1e-30, max_value=1e30),

@@ -1,5 +1,6 @@
 """The compose files agree with the code and with one another: variables, ports, files."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def services_of(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_key_of_the_run_file(variable: str) -> bool:
-    table, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
+    table, _, key = variable.removeprefix(ENV_PREFIX).removesuffix("_FILE").lower().partition("__")
     field = RunConfig.model_fields.get(table)
     return field is not None and (not key or key in getattr(field.annotation, "model_fields", {}))
 
@@ -39,7 +40,8 @@ def test_everything_that_is_mounted_or_built_is_there(file: Path) -> None:
     start = file.parent if file.name == "rollout-node.yaml" else ROOT
     for name, service in services_of(file).items():
         mounted = [volume.partition(":")[0] for volume in service.get("volumes", [])]
-        assert [path for path in mounted if path.startswith(".") and not (start / path).exists()] == [], name
+        there = [path for path in mounted if path.startswith(".") and "/secrets/" not in path]  # those the user brings
+        assert [path for path in there if not (start / path).exists()] == [], name
         build = service.get("build", {})
         assert (start / build.get("context", ".") / build.get("dockerfile", ".")).exists(), name
 
@@ -48,6 +50,27 @@ def test_everything_that_is_mounted_or_built_is_there(file: Path) -> None:
 def test_the_rollout_servers_look_for_the_reward_service_where_it_listens(file: Path) -> None:
     listens = services_of(BASE)["reward"]["environment"]["RETORT_REWARD__PORT"]
     assert services_of(file)["rollout"]["environment"]["RETORT_REWARD__ADDRESS"].endswith(f":{listens}")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_no_container_may_change_itself_gain_privileges_or_show_a_secret(file: Path) -> None:
+    for name, service in services_of(file).items():
+        if file.parent.name != "compose" or file.name == "rollout-node.yaml":  # not an overlay
+            assert service["read_only"], name
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["security_opt"] == ["no-new-privileges:true"], name
+        # `docker inspect` shows what is in the environment and on the command line.
+        said = json.dumps([service.get("environment", {}), service.get("command", []), service.get("entrypoint", [])])
+        assert re.findall(r"PASSWORD|TOKEN(?!_FILE)|requirepass", said) == [], name
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_each_container_sees_its_own_secrets_alone(file: Path) -> None:
+    for name, service in services_of(file).items():
+        mounted = {volume.split(":")[1] for volume in service.get("volumes", []) if "/secrets" in volume}
+        assert name == "secrets" or mounted <= {f"/retort/secrets/{name}"}, name
+        named = [value for variable, value in service.get("environment", {}).items() if variable.endswith("_FILE")]
+        assert [value for value in named if not value.startswith(f"/retort/secrets/{name}/")] == [], name
 
 
 def test_every_variable_that_a_user_may_set_is_in_the_example() -> None:

@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_code_and_what_it_reads_and_nothing_else(dist: Path)
     names = zipfile.ZipFile(wheel).namelist()
     for needed in (
         "retort/queues/functions.lua",
+        "retort/queues/users.acl",
         "retort/cli/report/page.js",
         "retort/py.typed",
         "services/trainer/train.py",

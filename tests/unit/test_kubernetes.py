@@ -84,7 +84,7 @@ def containers(resources: list[Resource]) -> dict[str, Resource]:
 
 
 def environment(container: Resource) -> dict[str, str | None]:
-    return {variable["name"]: variable.get("value") for variable in container["env"]}
+    return {variable["name"]: variable.get("value") for variable in container.get("env", [])}
 
 
 def selectors(resource: Any) -> Iterator[Resource]:
@@ -189,6 +189,7 @@ def test_no_pod_may_do_more_than_it_needs(resources: list[Resource]) -> None:
         for container in pod["spec"]["containers"]:
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
             assert not container["securityContext"]["allowPrivilegeEscalation"], name
+            assert container["securityContext"]["readOnlyRootFilesystem"], name
             assert "memory" in container["resources"]["limits"], name
 
 

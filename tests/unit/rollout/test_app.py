@@ -5,6 +5,7 @@ import asyncio
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from retort.weight_sync import CommitRequest, PrepareRequest, WeightManifest
 from services.rollout import metrics
@@ -18,7 +19,7 @@ def receiver() -> WeightReceiver:
     return WeightReceiver(ScriptedEngine())
 
 
-def get(app: FastAPI, path: str) -> httpx.Response:
+def get(app: ASGIApp, path: str) -> httpx.Response:
     async def request() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
             return await http.get(path)
@@ -52,7 +53,7 @@ def test_metrics_are_those_of_prometheus(receiver: WeightReceiver) -> None:
     assert "rollout_groups_total" in answer.text
 
 
-def test_every_other_path_is_left_to_inference(receiver: WeightReceiver) -> None:
+def test_the_paths_of_the_policy_are_left_to_inference(receiver: WeightReceiver) -> None:
     inference = FastAPI()
 
     @inference.get("/v1/models")
@@ -65,5 +66,5 @@ def test_every_other_path_is_left_to_inference(receiver: WeightReceiver) -> None
 
 
 def test_the_control_calls_are_not_there(receiver: WeightReceiver) -> None:
-    assert get(make_app(receiver), "/weights/prepare").status_code == 404
-    assert get(make_app(receiver), "/docs").status_code == 404
+    assert get(make_app(receiver), "/weights/prepare").status_code == 401
+    assert get(make_app(receiver), "/docs").status_code == 401

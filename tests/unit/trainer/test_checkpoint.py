@@ -28,6 +28,26 @@ def first_weight(policy: Policy) -> float:
     return policy.local_shards()[0].flatten()[0].item()
 
 
+def test_the_best_stay_beside_the_last_and_of_equals_the_newer(mesh: DeviceMesh, tmp_path: Path) -> None:
+    policy, teacher = a_policy(mesh)
+    scores = {0: 0.9, 1: 0.5, 2: 0.7, 3: 0.7}
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=2, scores=lambda: scores)
+
+    def kept_after(version: int) -> list[str]:
+        policy.version = version
+        checkpoints.save(policy, teacher)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    assert kept_after(1) == ["step-000001"]
+    assert kept_after(2) == ["step-000001", "step-000002"]
+    assert kept_after(3) == ["step-000002", "step-000003"]
+    scores[4] = 0.1
+    assert kept_after(4) == ["step-000002", "step-000003", "step-000004"]
+    assert kept_after(5) == ["step-000002", "step-000003", "step-000005"]
+    scores[5] = 0.8
+    assert kept_after(6) == ["step-000003", "step-000005", "step-000006"]
+
+
 @pytest.fixture
 def three_saved(mesh: DeviceMesh, tmp_path: Path) -> Path:
     """Versions 1, 2 and 3 of a run that keeps three; the first weight of each is its version."""

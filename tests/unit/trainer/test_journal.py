@@ -57,6 +57,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("torn", ['{"part": "upd', '{"part": "update", "step": 1, "end": 3.0, "seconds": 1.0}'])
+def test_a_line_of_the_timeline_that_a_crash_cut_off_costs_no_other(
+    tmp_path: Path, progress: dict[str, Any], torn: str
+) -> None:
+    first = '{"part": "teacher", "step": 1, "end": 2.0, "seconds": 1.0}\n'
+    (tmp_path / "timeline.jsonl").write_text(first + torn)
+    with a_journal(tmp_path, progress).timing("update"):
+        pass
+    assert [span["part"] for span in lines(tmp_path / "timeline.jsonl")] == ["teacher", "update"]
+
+
 def test_every_part_of_a_step_is_a_line_of_the_timeline(
     mesh: DeviceMesh, tmp_path: Path, progress: dict[str, Any]
 ) -> None:
