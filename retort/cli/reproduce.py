@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         if published.sciknoweval_domain:
             check_questions(config.data, published.sciknoweval_domain)
         resume = (directory / "config.toml").exists()
-        code = run.main(argparse.Namespace(config=config_file, run_dir=args.run_dir, resume=resume, set=[]))
+        code = run.main(argparse.Namespace(config=config_file, run_dir=args.run_dir, resume=resume, set=[], task=None))
         if code != 0:
             return code
     check_settings(load_config(directory / "config.toml", env={}), pinned)

@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
 def timeline_events(directory: Path, step: int | None = None) -> list[Event]:
     """Events in Chrome's trace format, which Perfetto reads: times in microseconds since the first."""
     spans = [span for span in _spans(directory) if step in (None, span.step)]
-    groups = [group for group in _groups(directory) if step in (None, group.step) and group.scored_at]
+    groups = [group for group in _groups(directory) if step in (None, group.step) and group.began]
     replicas = sorted({group.sampled_by for group in groups})
     ids = {name: number for number, name in enumerate(replicas, start=FIRST_REPLICA)}
     events = [_of_trainer(span) for span in spans]
@@ -83,13 +83,13 @@ def _of_trainer(span: Span) -> Event:
 
 def _of_group(group: Group, replica: int) -> list[Event]:
     """Groups are sampled and scored at the same time as others, which asynchronous events may be."""
-    sampled_at = group.scored_at - group.score_seconds
+    sampled = group.began + group.generate_seconds
     versions = sorted({version for sample in group.rollouts for version in sample.policy_versions})
     rewards = [sample.reward for sample in group.rollouts]
     details = {"step": group.step, "policy_versions": versions, "rewards": rewards, "question": group.data_index}
     return [
-        *_asynchronous(group.group_id, "sample", replica, sampled_at - group.generate_seconds, sampled_at, details),
-        *_asynchronous(group.group_id, "score", REWARD, sampled_at, group.scored_at, details),
+        *_asynchronous(group.group_id, "sample", replica, group.began, sampled, details),
+        *_asynchronous(group.group_id, "score", REWARD, sampled, sampled + group.score_seconds, details),
     ]
 
 

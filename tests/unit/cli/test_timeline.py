@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     write_line(directory / "timeline.jsonl", {"part": "update", "step": 1, "end": 104.0, "seconds": 1.0})
     sample = {"policy_versions": [0, 0], "finish_reason": "stop", "reward": 1.0, "parsed": "B"}
     asked = {"data_index": 7, "data_source": "letters", "question": "Which letter?", "answer": "B"}
-    took = {"sampled_by": "rollout-1", "generate_seconds": 2.0, "score_seconds": 0.5, "scored_at": 102.5}
+    took = {"sampled_by": "rollout-1", "generate_seconds": 2.0, "score_seconds": 0.5, "began": 100.0}
     group = {"group_id": "0-000007", "step": 1, "rollouts": [sample]} | asked | took
     write_line(directory / "rollouts/step-000001.jsonl", group)
     return directory

@@ -12,6 +12,7 @@ from services.trainer.journal import Journal, RunJournal
 from services.trainer.moments import moments
 from services.trainer.update import Update
 from services.trainer.weight_sender import SyncReport
+from services.trainer.work import Work
 from tests.integration.queue_run import an_item
 from tests.training import a_batch, a_config, a_group, a_question, a_rollout
 
