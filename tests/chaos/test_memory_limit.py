@@ -1,0 +1,28 @@
+"""Services that are at their memory limit: what fails of that is repeated by others."""
+
+import pytest
+
+from tests.chaos.conftest import MakeRun, chaos_seed
+from tests.chaos.faults import Chaos
+from tests.chaos.tally import Tally
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
+STEPS, FAULTS = 24, 20
+
+
+def test_a_run_whose_services_hit_their_memory_limit_ends_with_the_undisturbed_bits(
+    chaos_config, make_run: MakeRun, undisturbed, tally: Tally
+) -> None:
+    config = chaos_config(STEPS)
+    expected = undisturbed(config)
+    run = make_run(config)
+    chaos = Chaos(run, chaos_seed())
+    run.start()
+    chaos.do(FAULTS, {"exhaust memory": 1.0})
+    assert chaos.finish() == 0, run.tails()
+    tally.add(chaos)
+    run.check_exactly_once()
+    assert run.results() == expected
+    tally.identical += 1
+    assert sum(process["restarts"] for process in run.status()["processes"]) > 0, "nobody noticed"
+    run.close()
