@@ -21,15 +21,8 @@ from tests.chaos.run import NO_ANSWER, ChaosRun, wait_until
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.6
 PHASES = (
-    "",
-    "waiting for a rollout replica",
-    "waiting for rollouts",
-    "training",
-    "training",
-    "syncing weights",
-    "syncing weights",
-    "saving",
-    "validating",
+    *("", "waiting for a rollout replica", "waiting for rollouts", "saving", "validating"),
+    *("training", "syncing weights") * 2,
 )
 """What the trainer is waited to be doing before a fault; "" is whatever it does."""
 LONGEST_WAIT_FOR_PHASE_S = 1.0
