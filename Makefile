@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos soak kill-demo check audit docs dist proto lock
+.PHONY: help setup demo test test-unit test-vectors test-packages test-fuzz test-compose test-hosts chaos sweep mutants soak kill-demo check audit docs dist proto lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,7 +38,13 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 	$(BIN)/pytest -m fuzz tests/integration/test_reward_fuzz.py
 
 chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N repeats a plan
-	$(BIN)/pytest -m "not soak" tests/chaos tests/e2e
+	$(BIN)/pytest -m "not soak" --ignore=tests/chaos/test_sweep.py --ignore=tests/chaos/test_mutants.py tests/chaos tests/e2e
+
+sweep: setup  ## kill trainer and replica before and after each of their operations; 20,000 call sequences against Redis
+	$(BIN)/pytest -m chaos tests/chaos/test_sweep.py tests/integration/test_queue_model.py
+
+mutants: setup  ## planted bugs, each of which has to be found 20 times of 20
+	$(BIN)/pytest -m chaos tests/chaos/test_mutants.py
 
 soak: setup  ## 2,000 steps; the memory of every process and of Redis has to stay flat (not in `make test`)
 	$(BIN)/pytest -s -m soak tests/chaos/test_soak.py

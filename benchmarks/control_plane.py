@@ -85,7 +85,7 @@ async def _serve_version_0(receiver: WeightReceiver) -> None:
     manifest = WeightManifest(buckets=[])
     await receiver.prepare(PrepareRequest(epoch=1, version=0, manifest=manifest))
     nothing = TransferRequest(
-        epoch=1, transfer="", backend="", store_host="", store_port=0, broadcast_rank=1, world_size=2, deadline_s=1.0
+        epoch=1, group="", backend="", store_host="", store_port=0, broadcast_rank=1, world_size=2, deadline_s=1.0
     )
     await receiver.transfer(nothing)
     await receiver.probe(ProbeRequest(epoch=1, prompt_ids=[]))

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+from collections.abc import Callable, ItemsView, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -11,34 +13,51 @@ Metrics = dict[str, float]
 _RECENT_STEPS = 10
 
 
+def everything(_: str) -> bool:
+    """Keep every metric of a step."""
+    return True
+
+
 class MetricsFile:
     """The lines of one metrics file, by step. A trainer that resumes cuts the file back to its checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: Callable[[str], bool] = everything) -> None:
+        """`keep` says by its name which metric is remembered: a step has a hundred, and a run thousands of steps."""
         self._path = path
+        self._keep = keep
         self._offset = 0
         self.by_step: dict[int, Metrics] = {}
 
     def read(self) -> list[Metrics]:
         """The whole lines that were appended since the last call."""
+        return list(self.stream())
+
+    def stream(self) -> Iterator[Metrics]:
+        """The same, one after the other."""
         if not self._path.exists():
-            return []
+            return
         known: dict[int, Metrics] = {}
         with self._path.open("rb") as file:
             if file.seek(0, 2) < self._offset:  # cut back: what is still there was read before and is not new
                 known, self.by_step, self._offset = self.by_step, {}, 0
             file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        lines = [line for line in map(_numbers, whole.splitlines()) if "step" in line]
-        for line in lines:
-            # The validation of a step may come later, on a line of its own; the step's time stays.
-            step = int(line["step"])
-            before = self.by_step.get(step, line) if is_validation(line) else {}
-            self.by_step[step] = {**line, **before}
-        # Of a step whose validation stands apart, what is known is both lines together, with the time of the first.
-        return [line for line in lines if not _says(known.get(int(line["step"]), {}), line)]
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return  # it is being written
+                self._offset += len(text)
+                line = _numbers(text)
+                if "step" in line and not self._remember(line) <= known.get(int(line["step"]), {}).items():
+                    yield line
+
+    def _remember(self, line: Metrics) -> ItemsView[str, float]:
+        """Keep what is to be kept of a line; answers what of that is as the line says."""
+        step, stands_apart = int(line["step"]), is_validation(line)
+        # Each line comes with strings of its own, which are longer than the numbers.
+        kept = {sys.intern(name): value for name, value in line.items() if name == "step" or self._keep(name)}
+        # The validation of a step may come later, on a line of its own; the step's time stays.
+        before = self.by_step.get(step, {}) if stands_apart else {}
+        self.by_step[step] = {**kept, **before}
+        return {name: value for name, value in kept.items() if name != "time" or not stands_apart}.items()
 
     def accuracy(self, samples: int) -> list[tuple[int, float]]:
         """(policy version, avg@samples) of every validation so far, in order of version."""
@@ -55,10 +74,11 @@ class MetricsFile:
         return median(after - before for before, after in pairwise(times)) * (steps - recent[-1])
 
 
-def read_metrics(path: Path) -> list[Metrics]:
+def read_metrics(path: Path, keep: Callable[[str], bool] = everything) -> list[Metrics]:
     """One mapping a step, ascending: finite numbers only, the validation of a step with the rest of it."""
-    file = MetricsFile(path)
-    file.read()
+    file = MetricsFile(path, keep)
+    for _ in file.stream():
+        pass
     return [file.by_step[step] for step in sorted(file.by_step)]
 
 
@@ -76,11 +96,6 @@ def _numbers(text: bytes) -> Metrics:
     except ValueError:
         return {}
     return {name: value for name, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
-def _says(known: Metrics, line: Metrics) -> bool:
-    told = {name: value for name, value in line.items() if name != "time" or not is_validation(line)}
-    return told.items() <= known.items()
 
 
 def is_validation(line: Metrics) -> bool:

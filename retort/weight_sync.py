@@ -1,15 +1,16 @@
 """How new weights travel from the trainer to every rollout replica: one bucketed broadcast, with digests.
 
 The trainer takes a `Snapshot` (parameters in the served dtype, packed into byte buckets), opens a process group
-with the replicas that answered `PrepareRequest`, and broadcasts the buckets. Backend gloo on a CPU and NCCL on CUDA
-run this same code. torch.distributed has no authentication: what makes a transfer trustworthy is the digest that
-travels over HTTP, in calls that carry a token.
+with the replicas that answered `PrepareRequest`, and broadcasts the buckets. The group goes on while its members are
+the same and nothing fails. Backend gloo on a CPU and NCCL on CUDA run this same code. torch.distributed has no
+authentication: what makes a transfer trustworthy is the digest that travels over HTTP, in calls that carry a token.
 """
 
 import hashlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
@@ -102,8 +103,11 @@ class TransferRequest(Message, frozen=True, kw_only=True):
     """Join the process group and receive. POST /weights/transfer, answered by `TransferReply`."""
 
     epoch: int
-    transfer: str
-    """Names the process group, so that a late comer of an abandoned transfer can never meet this one."""
+    group: str
+    """Names the process group, so that a late comer of an abandoned one can never meet this one.
+
+    That of the transfer before, if the group goes on.
+    """
     backend: str
     store_host: str
     store_port: int
@@ -186,14 +190,14 @@ def bucket_digest(bucket: Tensor) -> int:
 
 
 def open_process_group(
-    backend: str, store: Store, transfer: str, *, rank: int, world_size: int, timeout_s: float
+    backend: str, store: Store, name: str, *, rank: int, world_size: int, timeout_s: float
 ) -> ProcessGroup:
     """A process group of its own beside whatever groups the process already has.
 
     Raises RuntimeError (from torch) when a member does not show up within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    prefixed = PrefixStore(f"retort/{transfer}", store)
+    prefixed = PrefixStore(f"retort/{name}", store)
     if backend == "gloo":
         return cast(ProcessGroup, ProcessGroupGloo(prefixed, rank, world_size, timeout))
     from torch.distributed.distributed_c10d import ProcessGroupNCCL  # only in CUDA builds
@@ -203,13 +207,32 @@ def open_process_group(
     return cast(ProcessGroup, ProcessGroupNCCL(prefixed, rank, world_size, options))
 
 
-def join(request: TransferRequest, worker: int = 0) -> ProcessGroup:
-    """A receiver's way into the process group of a transfer; `worker` counts the processes of its replica from 0."""
+class Membership:
+    """A receiver's place in the process group of the transfers."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._group: ProcessGroup | None = None
+
+    @contextmanager
+    def of(self, request: TransferRequest, worker: int = 0) -> Iterator[ProcessGroup]:
+        """The process group of a transfer. Only one with which all went well is there for the next.
+
+        `worker` counts the processes of a replica from 0.
+        """
+        group, self._group = self._group, None
+        if group is None or request.group != self._name:
+            group = _join(request, worker)
+        yield group
+        self._name, self._group = request.group, group
+
+
+def _join(request: TransferRequest, worker: int) -> ProcessGroup:
     store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=request.deadline_s))
     return open_process_group(
         request.backend,
         store,
-        request.transfer,
+        request.group,
         rank=request.broadcast_rank + worker,
         world_size=request.world_size,
         timeout_s=request.deadline_s,

@@ -25,6 +25,14 @@ STOPPING = "stopping"
 ACCURACY = "avg@n"
 ROWS = ("reward", ACCURACY, "speed", "weight sync", "waited for rollouts", "step time", "version", "left")
 """Figures of the panel, which keeps the place of those that are not known yet."""
+FORMATS = (
+    ("reward", "critic/score/mean", "{:.3f}"),
+    ("speed", "perf/throughput", "{:,.0f} tokens/s"),
+    ("weight sync", "timing_s/weight_sync", "{:.2f} s"),
+    ("waited for rollouts", "timing_s/wait_groups", "{:.2f} s"),
+)
+"""(figure, its metric, how it is shown)"""
+METRICS = {"time", "policy_version", "timing_s/step", "timing_s/validation", *(name for _, name, _ in FORMATS)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ class View:
     seconds_left: float | None = None
     services: Sequence[tuple[str, str, int]] = ()
     """(name, state, restarts)"""
+
+
+def is_shown(metric: str) -> bool:
+    """Whether lines or panel show this metric of a step: what a launcher remembers of each."""
+    return metric in METRICS or metric.startswith("val-core/")
 
 
 class Screen:
@@ -130,13 +143,7 @@ def clock(seconds: float) -> str:
 
 def _figures(line: Metrics, view: View) -> list[tuple[str, str]]:
     """The figures of a step, with units. A figure that was not measured is left out."""
-    formats = [
-        ("reward", "critic/score/mean", "{:.3f}"),
-        ("speed", "perf/throughput", "{:,.0f} tokens/s"),
-        ("weight sync", "timing_s/weight_sync", "{:.2f} s"),
-        ("waited for rollouts", "timing_s/wait_groups", "{:.2f} s"),
-    ]
-    figures = [(name, text.format(line[key])) for name, key, text in formats if key in line]
+    figures = [(name, text.format(line[key])) for name, key, text in FORMATS if key in line]
     if view.accuracy:
         version, value = view.accuracy[-1]
         figures.insert(1, (f"avg@{view.samples}", f"{value:.3f} (version {version})"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from redis import Redis
 from redis.exceptions import RedisError
 
-from retort.cli.panel import View
+from retort.cli.panel import View, is_shown
 from retort.cli.processes import Child
 from retort.config import RunConfig
 from retort.metrics_file import Metrics, MetricsFile
@@ -42,7 +42,7 @@ class RunWatch:
         self._redis = RunView(redis, config.key_prefix)
         self._before = Sighting()
         self._last = Sighting()
-        self.metrics = MetricsFile(config.directory / "metrics.jsonl")
+        self.metrics = MetricsFile(config.directory / "metrics.jsonl", keep=is_shown)
         self.metrics.read()  # what an earlier launch wrote is known, not new
 
     def begin(self) -> None:

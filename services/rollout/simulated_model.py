@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.config import RunConfig
 from retort.rollouts import SamplingParameters
-from retort.weight_sync import TransferRequest, WeightManifest, join, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
 from services.rollout.engine import Sampled
 from services.rollout.engine_steps import TokenTime
 from services.rollout.simulated_engine import Lengths, SimulatedEngine
@@ -38,6 +38,7 @@ class SimulatedModel(SimulatedEngine):
             for letter in LETTERS
         ]
         self._version = -1
+        self._membership = Membership()
         self._received: dict[str, Tensor] = {}
 
     async def sample(
@@ -67,9 +68,10 @@ class SimulatedModel(SimulatedEngine):
 
     def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
         digests = []
-        for tensors, digest in receive(join(request), manifest, torch.device("cpu"), request.deadline_s):
-            self._received |= dict(tensors)
-            digests.append(digest)
+        with self._membership.of(request) as group:
+            for tensors, digest in receive(group, manifest, torch.device("cpu"), request.deadline_s):
+                self._received |= dict(tensors)
+                digests.append(digest)
         return digests
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from retort.telemetry import die_with_parent
-from retort.weight_sync import TransferRequest, WeightManifest, join, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
 
 BACKEND = "retort"
 
@@ -34,7 +34,7 @@ def register() -> None:
 
 @dataclass
 class NothingToInit(WeightTransferInitInfo):
-    """Every transfer has a process group of its own, so there is nothing to set up ahead."""
+    """The first transfer opens the process group, so there is nothing to set up ahead."""
 
 
 @dataclass
@@ -55,6 +55,7 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
         super().__init__(*args, **kwargs)
         self.digests: list[int] = []
         self.is_loading = False
+        self._membership = Membership()
 
     def init_transfer_engine(self, init_info: NothingToInit) -> None:
         """Nothing to do; see `NothingToInit`."""
@@ -66,12 +67,12 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
 
     def receive_weights(self, update_info: ReceiveInfo) -> None:
         request = TransferRequest.from_bytes(update_info.request)
-        group = join(request, self.parallel_config.rank)
         manifest = WeightManifest.from_bytes(update_info.manifest)
         load_weights = cast(Callable[[Iterable[tuple[str, Tensor]]], object], self.model.load_weights)
-        for tensors, digest in receive(group, manifest, self.device, request.deadline_s):
-            load_weights(iter(tensors))
-            self.digests.append(digest)
+        with self._membership.of(request, self.parallel_config.rank) as group:
+            for tensors, digest in receive(group, manifest, self.device, request.deadline_s):
+                load_weights(iter(tensors))
+                self.digests.append(digest)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -83,7 +84,7 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
             lm_head.quant_method.process_weights_after_loading(lm_head)
 
     def shutdown(self) -> None:
-        """Nothing is kept open between transfers."""
+        """The process group ends with the process."""
 
 
 class WorkerExtension:

@@ -6,6 +6,7 @@ from pathlib import Path
 from retort.metrics_file import Metrics, read_metrics
 
 Curve = list[tuple[int, float]]
+SCORES = ("critic/score/mean", "critic/rewards/mean")
 
 
 class Results:
@@ -13,7 +14,7 @@ class Results:
 
     def __init__(self, metrics_file: Path, questions_by_source: Mapping[str, int], samples: int) -> None:
         """`samples` is n; a file that is not there is a run without results."""
-        self._lines = read_metrics(metrics_file)
+        self._lines = read_metrics(metrics_file, lambda name: name in SCORES or name.startswith("val-core/"))
         self._questions = questions_by_source
         n = samples
         self._logged = {f"avg@{n}": f"mean@{n}", f"best@{n}": f"best@{n}/mean", f"maj@{n}": f"maj@{n}/mean"}
@@ -33,8 +34,7 @@ class Results:
     def summary(self) -> list[tuple[str, float, int]]:
         """(name, value, step): the final training score, and of every metric the untrained, final and peak value."""
         last = self._lines[-1] if self._lines else {}
-        names = ("critic/score/mean", "critic/rewards/mean")
-        rows = [(f"Final {name}", last[name], int(last["step"])) for name in names if name in last]
+        rows = [(f"Final {name}", last[name], int(last["step"])) for name in SCORES if name in last]
         for name, curve in self.curves.items():
             untrained = [(step, value) for step, value in curve if step == 0]
             trained = [(step, value) for step, value in curve if step > 0]

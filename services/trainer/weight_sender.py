@@ -29,6 +29,7 @@ from retort.weight_sync import (
     PrepareRequest,
     ProbeReply,
     ProbeRequest,
+    ProcessGroup,
     Snapshot,
     TransferReply,
     TransferRequest,
@@ -98,6 +99,10 @@ class WeightSender:
         self._store = TCPStore(
             config.host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
+        self._group: ProcessGroup | None = None
+        """Of the last transfer, if nothing in it failed, with its name and who is in it."""
+        self._group_name = ""
+        self._group_members: list[tuple[str, int]] = []
         self.snapshot: Snapshot | None = None
         self._probe = Probe([], [])
         self._verified: dict[str, int] = {}
@@ -151,6 +156,8 @@ class WeightSender:
             with self._timed("transfer"):
                 sending = asyncio.to_thread(self._send, snapshot, transfers)
                 received, _ = await asyncio.gather(self._ask(http, "transfer", transfers, TransferReply), sending)
+            if len(received) != len(transfers):
+                self._group = None  # to whom it failed, has left it
             same = self._keep(received, "transfer", lambda reply: _digest_problem(reply, snapshot))
 
             probe = ProbeRequest(epoch=epoch, prompt_ids=self._probe.prompt_ids)
@@ -175,14 +182,18 @@ class WeightSender:
 
     def _transfers(self, ready: Sequence[tuple[Member, PrepareReply]]) -> list[tuple[Member, TransferRequest]]:
         """A process group of exactly the members that are prepared: ranks in the order given, the sender is 0."""
-        transfer = uuid.uuid4().hex
+        members = [(member.incarnation, reply.num_workers) for member, reply in ready]
+        if members != self._group_members:
+            self._group = None
+        if self._group is None:
+            self._group_name, self._group_members = uuid.uuid4().hex, members
         world_size = 1 + sum(reply.num_workers for _, reply in ready)
         requests = []
         rank = 1
         for member, reply in ready:
             request = TransferRequest(
                 epoch=self._epoch,
-                transfer=transfer,
+                group=self._group_name,
                 backend=self._backend,
                 store_host=self._config.host,
                 store_port=self._port,
@@ -199,16 +210,18 @@ class WeightSender:
             return
         request = transfers[0][1]
         timeout_s = request.deadline_s
+        group, self._group = self._group, None
         try:
-            group = open_process_group(
+            group = group or open_process_group(
                 request.backend,
                 self._store,
-                request.transfer,
+                request.group,
                 rank=0,
                 world_size=request.world_size,
                 timeout_s=timeout_s,
             )
             send(group, snapshot, timeout_s)
+            self._group = group
         except RuntimeError as error:
             # Which replica is to blame, its own answer tells; one that died has none, and is evicted for that.
             log_event("broadcast_failed", logging.WARNING, version=snapshot.version, message=error)

@@ -1,37 +1,36 @@
-"""The operations of a trainer after which somebody else could see something changed, and death before or after each.
+"""The operations of a process after which somebody else could see something changed, and death before or after each.
 
-A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a trainer
-waits, as often as time has it; of those, only the first after each other operation counts, so that a run has the same
-boundaries every time, unless a replica has to be synced once more.
+A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a process
+waits, as often as time has it; of those, only the first after each other operation counts. What several tasks do beside
+each other is counted by its own name. So a run has the same boundaries every time, unless a replica has to be synced
+once more.
 """
 
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import redis
+import redis.asyncio
 import redis.client
 
 import retort.weight_sync
 import services.trainer.checkpoint
 import services.trainer.export
+from services.rollout.reward_client import RewardClient
+from services.rollout.simulated_model import SimulatedModel
+from services.rollout.weight_receiver import WeightReceiver
 from services.trainer.weight_sender import WeightSender
 
 REPEATED = (
-    "XREAD",
-    "HGETALL",
-    "FCALL progress",
-    "GET",
-    "XRANGE",
-    "PING",
-    "INFO",
-    "pipeline",
-    "FUNCTION",
-    "FCALL issue",
+    *("XREAD", "HGETALL", "HSET", "GET", "XRANGE", "PING", "INFO", "pipeline", "FUNCTION", "FCALL issue"),
+    *("FCALL declare", "FCALL take", "FCALL announce", "FCALL renew", "FCALL progress"),
 )
+BESIDE_EACH_OTHER = ("score", "FCALL submit", "bucket")
 
 
 class Boundaries:
@@ -42,9 +41,10 @@ class Boundaries:
         self._kill_at = kill_at
         self._seen: set[str] = set()
         self._operations = 0
+        self._of_name: Counter[str] = Counter()
 
-    def install(self) -> None:
-        """From now on this process passes boundaries."""
+    def of_a_trainer(self) -> None:
+        """From now on this process, a trainer, passes boundaries."""
         self._wrap(redis.Redis, "execute_command", lambda _, name, *args, **__: _command(name, *args))
         self._wrap(redis.client.Pipeline, "execute", lambda *_, **__: "pipeline")
         for name in ("fsync", "rename", "replace", "unlink", "mkdir", "pwrite"):
@@ -54,12 +54,19 @@ class Boundaries:
         for module in (services.trainer.checkpoint, services.trainer.export):
             self._wrap(module, "save_file", lambda *_, **__: "save_file")
         self._wrap(retort.weight_sync, "_start_broadcast", lambda *_, **__: "broadcast")
-        for name in ("_prepare", "_ask"):
-            if hasattr(WeightSender, name):
-                self._wrap_async(WeightSender, name, lambda _, __, phase, *___: f"ask {phase}")
+        self._wrap_async(WeightSender, "_ask", lambda _, __, phase, *___: f"ask {phase}")
 
-    def _pass(self, side: str, label: str) -> None:
-        name = f"{side} {label} @{self._operations}"
+    def of_a_replica(self) -> None:
+        """From now on this process, a replica with the simulated engine, passes boundaries."""
+        self._wrap_async(redis.asyncio.Redis, "execute_command", lambda _, name, *args, **__: _command(name, *args))
+        self._wrap_async(RewardClient, "score", lambda *_, **__: "score")
+        for phase in ("prepare", "transfer", "probe", "commit"):
+            self._wrap_async(WeightReceiver, phase, lambda *_, phase=phase, **__: f"answer {phase}")
+        self._wrap(retort.weight_sync, "_start_broadcast", lambda *_, **__: "bucket")
+        self._wrap_async(SimulatedModel, "load", lambda *_, **__: "load")
+
+    def _pass(self, side: str, operation: str) -> None:
+        name = f"{side} {operation}"
         if name in self._seen:
             return
         self._seen.add(name)
@@ -67,18 +74,25 @@ class Boundaries:
         if name == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _enter(self, label: str) -> None:
-        if not label.startswith(REPEATED):
+    def _enter(self, label: str) -> str:
+        """Passes the boundary before an operation; answers what the operation is called."""
+        operation = f"{label} @{self._operations}"
+        if label.startswith(BESIDE_EACH_OTHER):
+            self._of_name[label] += 1
+            operation = f"{label} #{self._of_name[label]}"
+        elif not label.startswith(REPEATED):
             self._operations += 1
-        self._pass("before", label)
+            operation = f"{label} @{self._operations}"
+        self._pass("before", operation)
+        return operation
 
     def _wrap(self, owner: Any, name: str, label: Callable[..., str]) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._enter(label(*args, **kwargs))
+            operation = self._enter(label(*args, **kwargs))
             result = original(*args, **kwargs)
-            self._pass("after", label(*args, **kwargs))
+            self._pass("after", operation)
             return result
 
         setattr(owner, name, wrapped)
@@ -87,9 +101,9 @@ class Boundaries:
         original = getattr(owner, name)
 
         async def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._enter(label(*args, **kwargs))
+            operation = self._enter(label(*args, **kwargs))
             result = await original(*args, **kwargs)
-            self._pass("after", label(*args, **kwargs))
+            self._pass("after", operation)
             return result
 
         setattr(owner, name, wrapped)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -20,15 +21,8 @@ from tests.chaos.run import NO_ANSWER, ChaosRun, wait_until
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.6
 PHASES = (
-    "",
-    "waiting for a rollout replica",
-    "waiting for rollouts",
-    "training",
-    "training",
-    "syncing weights",
-    "syncing weights",
-    "saving",
-    "validating",
+    *("", "waiting for a rollout replica", "waiting for rollouts", "saving", "validating"),
+    *("training", "syncing weights") * 2,
 )
 """What the trainer is waited to be doing before a fault; "" is whatever it does."""
 LONGEST_WAIT_FOR_PHASE_S = 1.0
@@ -114,7 +108,7 @@ class Chaos:
         gate = hold(self.run.directory, name)
         gate.touch()
         try:
-            return self.send(name, signal.SIGKILL) and self._ask_doctor(name, pid)
+            return self.send(name, signal.SIGKILL) and self.ask_doctor(name, pid)
         finally:
             gate.unlink()
 
@@ -128,7 +122,7 @@ class Chaos:
                 os.kill(pid, signal.SIGCONT)
 
         self.end_later(longest_s, name, thaw)
-        return self._ask_doctor(name, pid)
+        return self.ask_doctor(name, pid)
 
     def end_later(self, longest_s: float, name: str, end: Callable[[], object]) -> None:
         """Call `end` after a random while; until then `name` may be blamed."""
@@ -146,7 +140,7 @@ class Chaos:
             self.expect_recovery(name, pid)
         return True
 
-    def _ask_doctor(self, name: str, pid: int) -> bool:
+    def ask_doctor(self, name: str, pid: int) -> bool:
         """It has to name the process that is down, or another that is. Always True: the fault was done."""
         if self.run.launcher.poll() is not None:
             return True
@@ -212,18 +206,42 @@ def _is_down(pid: int) -> bool:
         return True
 
 
+def exhaust_memory(chaos: Chaos) -> bool:
+    """A service at its memory limit: for a while nothing that it asks of the system is granted. It may die of that."""
+    name = chaos.random.choice(["trainer", "reward", chaos.replica()])
+    pid = chaos.run.pid_of(name)
+    if pid is None:
+        return False
+    try:
+        before = resource.prlimit(pid, resource.RLIMIT_AS)
+        resource.prlimit(pid, resource.RLIMIT_AS, (0, before[1]))
+    except ProcessLookupError:
+        return False
+
+    def grant() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
+
+    chaos.end_later(1.5, name, grant)
+    return True
+
+
 def kill_rank(chaos: Chaos) -> bool:
     """One trainer rank of several; with a single one, the trainer."""
     pid = chaos.run.pid_of("trainer")
     if pid is None:
         return False
+    gate = hold(chaos.run.directory, "trainer")
+    gate.touch()
     try:
         ranks = psutil.Process(pid).children()
         chaos.random.choice(ranks or [psutil.Process(pid)]).kill()
+        chaos.expect_recovery("trainer", pid)
+        return chaos.ask_doctor("trainer", pid)
     except psutil.NoSuchProcess:
         return False
-    chaos.expect_recovery("trainer", pid)
-    return True
+    finally:
+        gate.unlink()
 
 
 def kill_launcher(chaos: Chaos) -> bool:
@@ -348,6 +366,7 @@ FAULTS: dict[str, Callable[[Chaos], bool]] = {
     "freeze reward": lambda chaos: chaos.freeze("reward", 1.0),
     "freeze trainer": lambda chaos: chaos.freeze("trainer", 1.0),
     "freeze redis": lambda chaos: chaos.freeze("redis", 1.0),
+    "exhaust memory": exhaust_memory,
     "empty redis": empty_redis,
     "redis forgets": forget_suffix,
     "damage checkpoint": damage_checkpoint,

@@ -146,8 +146,12 @@ def spawn(program: Program) -> subprocess.Popen[bytes]:
     """As `processes._spawn`, but forked. Redis is not ours and has nothing to import."""
     if program.name == "redis":
         return spawn_executed(program)
-    simulated = ["--engine", "simulated"] if program.name.startswith("rollout") else []
-    return fork(program.name, [*program.command, *simulated], program.environment, program.log)
+    return fork(program.name, command_of(program), program.environment, program.log)
+
+
+def command_of(program: Program) -> list[str]:
+    """As it is planned; replicas with the simulated engine."""
+    return [*program.command, *(["--engine", "simulated"] if program.name.startswith("rollout") else [])]
 
 
 def fork(

@@ -3,33 +3,30 @@
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from redis import Redis
 
 from retort.cli.process_table import open_redis, plan_programs
-from retort.cli.processes import Program
 from retort.config import RunConfig, dump_config, load_config
 from tests.chaos import forked
-from tests.chaos.boundaries import Boundaries
 from tests.chaos.run import wait_until
 
 FENCED = 2
 LONGEST_S = 400.0
 """For the end of a trainer; on a machine that has other work a run of seconds takes minutes."""
-ATTEMPTS = 3
-"""Runs in which a boundary is looked for."""
+LONGEST_SESSION_S = 5 * 3600.0
 
 
 class Services:
-    """Redis, the reward service and replicas, started; trainers are started one by one."""
+    """Redis, the reward service and replicas, started; what a test starts itself, it starts one by one."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, started_later: Collection[str] = ("trainer",)) -> None:
         self.config = config
         (config.directory / "logs").mkdir(parents=True)
         file = config.directory / "config.toml"
@@ -38,47 +35,63 @@ class Services:
         forked.let_testers_in(config)
         self.redis: Redis = open_redis(f"redis://tester:any@{url.rpartition('@')[2]}")
         self._programs = {program.name: program for program in programs}
-        for name in [name for name in self._programs if name != "trainer"]:
+        for name in [name for name in self._programs if name not in started_later]:
             forked.spawn(self._programs[name])
             if name == "redis":
                 wait_until(self._programs["trainer"].may_start, "Redis")
 
-    def trainer(self, directory: Path | None = None, before: Callable[[], None] | None = None) -> forked.Forked:
-        """One more trainer of this run, or of another directory. `before` is called in its process."""
-        program = self._programs["trainer"]
-        return forked.fork("trainer", program.command, *self._place(program, directory), before)
-
-    def _place(self, program: Program, directory: Path | None) -> tuple[dict[str, str], Path]:
-        environment = dict(program.environment)
-        if directory is None:
-            return environment, program.log
-        (directory / "logs").mkdir(parents=True, exist_ok=True)
-        environment["RETORT_RUN_DIR"] = str(directory)
-        return environment, directory / "logs" / "trainer.log"
+    def start(
+        self, name: str = "trainer", directory: Path | None = None, before: Callable[[], None] | None = None
+    ) -> forked.Forked:
+        """One more trainer or replica of this run, or of another directory. `before` is called in its process."""
+        program = self._programs[name]
+        place = directory or self.config.directory
+        (place / "logs").mkdir(parents=True, exist_ok=True)
+        environment = {**program.environment, "RETORT_RUN_DIR": str(place)}
+        return forked.fork(name, forked.command_of(program), environment, place / "logs" / f"{name}.log", before)
 
     def accepted(self, after: str = "-") -> list[tuple[str, int, str]]:
         entries = self.redis.xrange(f"retort:{{{self.config.key_prefix}}}:audit", after)
         return [(entry.decode(), int(call[b"epoch"]), call[b"call"].decode()) for entry, call in entries]
 
 
+def begin(work: Callable[..., object], config: RunConfig, directory: Path, context: Any, *arguments: object) -> Any:
+    """Start `work(config, *arguments)` in a process of its own, with a run in that directory."""
+    directory.mkdir(exist_ok=True)
+    file = directory / "config.toml"
+    file.write_text(dump_config(config.model_copy(update={"run_dir": str(directory / "run"), "run_id": "chaos"})))
+    output = directory / "output.log"
+    return forked.start_in_fork_server(context, in_a_process_of_its_own, work, str(file), output, *arguments)
+
+
+def outcome_of(process: Any, directory: Path) -> dict[str, Any]:
+    """What the work answered. Its logs, and those of its services, are printed."""
+    process.join(LONGEST_SESSION_S)
+    output = directory / "output.log"
+    logs = [output, *(directory / "run" / "logs").glob("*.log")]
+    print("\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in logs))
+    assert process.exitcode == 0
+    return json.loads(output.with_suffix(".json").read_text())
+
+
 def in_a_process_of_its_own(work: Callable[..., object], config_file: str, output: Path, *arguments: object) -> None:
-    """Runs `work(services, *arguments)` and leaves its result, as JSON, beside `output`."""
+    """Runs `work(config, *arguments)` and leaves its result, as JSON, beside `output`."""
     os.setsid()
     forked.be_like_a_started_program()
     forked.redirect(output)
     forked.shorten_waits()
-    config = load_config(config_file)
-    result = work(Services(config), *arguments)
+    result = work(load_config(config_file), *arguments)
     output.with_suffix(".json").write_text(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # what was started dies with it
 
 
-def take_over_again_and_again(services: Services, seed: int, times: int) -> dict[str, object]:
+def take_over_again_and_again(config: RunConfig, seed: int, times: int) -> dict[str, object]:
     """Freeze the trainer, start its successor, wake it up: each time it must end without having changed anything."""
+    services = Services(config)
     chance = random.Random(seed)
     epoch_file = services.config.directory / "epoch"
-    trainer = services.trainer()
+    trainer = services.start()
     frozen_in: list[str] = []
     codes = []
     for _ in range(times):
@@ -92,7 +105,7 @@ def take_over_again_and_again(services: Services, seed: int, times: int) -> dict
             os.kill(trainer.pid, signal.SIGCONT)  # nothing is left that it could be refused
             break
         frozen_in.append(_phase(services))
-        successor = services.trainer()
+        successor = services.start()
         deadline = time.monotonic() + 10
         while _epoch(epoch_file) == before and time.monotonic() < deadline:
             time.sleep(0.02)  # it does not come where the frozen one holds the lock
@@ -117,48 +130,3 @@ def _is_over(services: Services) -> bool:
 def _phase(services: Services) -> str:
     phase = services.redis.hget(f"retort:{{{services.config.key_prefix}}}:progress", "phase")
     return phase.decode() if phase else "starting"
-
-
-def sweep(services: Services, share: float, seed: int) -> dict[str, object]:
-    """Kill the trainer at boundary after boundary, each in a run of its own, and let another trainer finish it."""
-    directory = services.config.directory
-    names = directory / "boundaries"
-    _fresh_run(services, directory / "undisturbed", epoch=0)
-    assert _ending(services, directory / "undisturbed", names, "") == 0
-    boundaries = names.read_text().splitlines()
-    chosen = _some(boundaries, share, seed)
-    codes: dict[str, list[int]] = {}
-    for number, boundary in enumerate(chosen, start=1):
-        place = directory / f"boundary-{number}"
-        for attempt in range(ATTEMPTS):
-            # Replicas have seen the trainers of the runs before.
-            _fresh_run(services, place, epoch=100 * number + 10 * attempt)
-            first = _ending(services, place, directory / "passed", boundary)
-            if first != 0:
-                codes[boundary] = [first, _ending(services, place, directory / "passed", "")]
-                break
-        else:
-            codes[boundary] = []  # never passed there again
-    return {"boundaries": len(boundaries), "codes": codes}
-
-
-def _some(boundaries: Sequence[str], share: float, seed: int) -> list[str]:
-    count = max(1, round(share * len(boundaries)))
-    chosen = set(random.Random(seed).sample(range(len(boundaries)), count))
-    return [boundary for index, boundary in enumerate(boundaries) if index in chosen]
-
-
-def _fresh_run(services: Services, place: Path, epoch: int) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    (place / "epoch").write_text(str(epoch))
-    services.redis.flushall()
-
-
-def _ending(services: Services, place: Path, names: Path, kill_at: str) -> int:
-    trainer = services.trainer(place, lambda: Boundaries(names, kill_at).install())
-    return trainer.wait(timeout=LONGEST_S)
-
-
-def with_run_id(config: RunConfig, directory: Path) -> RunConfig:
-    return config.model_copy(update={"run_dir": str(directory), "run_id": "chaos"})

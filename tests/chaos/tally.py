@@ -21,8 +21,8 @@ class Tally:
     wrong_diagnoses: list[str] = field(default_factory=list)
     zombies: Counter[str] = field(default_factory=Counter)
     """Trainers that were replaced while frozen, by what they were doing; each ended fenced."""
-    boundaries: int = 0
-    swept: int = 0
+    boundaries: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Who was killed -> at how many boundaries, of how many."""
 
     def add(self, chaos: Chaos) -> None:
         self.runs += 1
@@ -50,8 +50,8 @@ class Tally:
         if self.zombies:
             shown = ", ".join(f"{state} {count}" for state, count in self.zombies.items())
             yield f"{self.zombies.total()} trainers were frozen and replaced, and each was refused ({shown})"
-        if self.boundaries:
-            yield f"killed at {self.swept} of the trainer's {self.boundaries} operation boundaries"
+        for who, (swept, boundaries) in self.boundaries.items():
+            yield f"killed at {swept} of the {who}'s {boundaries} operation boundaries"
 
 
 def _percentile(values: list[float], share: float) -> float:

@@ -15,12 +15,13 @@ STEPS = 24
 FAULTS_PER_RUN = 20
 BESIDE = 4
 """Runs at the same time: each waits more than it works."""
-SHORT_FORM, LONG_FORM = 4, 56
 
 
-@pytest.mark.parametrize("runs", [SHORT_FORM, pytest.param(LONG_FORM, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    ("runs", "fewest"), [pytest.param(4, 60, id="some"), pytest.param(56, 1000, id="many", marks=pytest.mark.chaos)]
+)
 def test_whatever_happens_the_run_ends_with_the_bits_of_the_undisturbed_one(
-    runs: int, chaos_config: Callable[..., RunConfig], make_run: MakeRun, undisturbed, tally: Tally
+    runs: int, fewest: int, chaos_config: Callable[..., RunConfig], make_run: MakeRun, undisturbed, tally: Tally
 ) -> None:
     configs = [chaos_config(STEPS, trainer={"ranks": 2 if number % 8 == 7 else 1}) for number in range(runs)]
     expected = [undisturbed(config) for config in configs]
@@ -44,4 +45,4 @@ def test_whatever_happens_the_run_ends_with_the_bits_of_the_undisturbed_one(
 
     with ThreadPoolExecutor(BESIDE) as pool:
         faults = sum(pool.map(disturbed, range(runs)))
-    assert faults >= 15 * runs, "most runs ended before their plan did"
+    assert faults >= fewest, "runs ended before their plan did"

@@ -5,7 +5,6 @@ import statistics
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 from redis.exceptions import RedisError
 
@@ -21,6 +20,15 @@ MAX_SLOPE_MIB = 4.0
 EVERY_S = 0.5
 
 
+def anonymous(pid: int) -> int:
+    """Bytes of a process that lie in memory and in no file.
+
+    Not those that it shares with nobody: of what forked processes share, they grow whenever another one ends.
+    """
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
 class Memory:
     """Looks at a run again and again: (step, MiB) for every process, and for what Redis says it uses."""
 
@@ -33,7 +41,7 @@ class Memory:
         while not self._over.wait(EVERY_S):
             try:
                 self._look()
-            except (OSError, ValueError, RedisError, psutil.Error):
+            except (OSError, ValueError, RedisError):
                 continue  # the run begins or ends at this moment
 
     def stop(self) -> None:
@@ -43,8 +51,7 @@ class Memory:
         step = self._run.status()["step"]
         pids = {process["name"]: process["pid"] for process in self._run.status()["processes"]}
         for name, pid in {"launcher": self._run.launcher.pid, **pids}.items():
-            # Unique, not resident: what a fork shares with its parent comes and goes with other processes.
-            self._note(name, step, psutil.Process(pid).memory_full_info().uss)
+            self._note(name, step, anonymous(pid))
         self._note("redis, used_memory", step, self._run.redis().info("memory")["used_memory"])
 
     def _note(self, name: str, step: int, size: int) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -145,11 +146,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.run.close()
 
 
-def test_any_sequence_of_calls_and_crashes_does_what_the_model_does(redis_url: str) -> None:
+@pytest.mark.parametrize(
+    "sequences", [100, pytest.param(20_000, marks=[pytest.mark.chaos, pytest.mark.timeout(4 * 3600)])]
+)
+def test_any_sequence_of_calls_and_crashes_does_what_the_model_does(sequences: int, redis_url: str) -> None:
     run_state_machine_as_test(
         lambda: QueueMachine(redis_url),
         settings=settings(
-            max_examples=100,
+            max_examples=sequences,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

@@ -94,7 +94,7 @@ class Served:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         request = TransferRequest(
             epoch=1,
-            transfer=uuid.uuid4().hex,
+            group=uuid.uuid4().hex,
             backend="gloo",
             store_host="127.0.0.1",
             store_port=store.port,
@@ -128,7 +128,7 @@ class Served:
 
 
 def broadcast(store: TCPStore, request: TransferRequest, snapshot: Snapshot) -> None:
-    group = open_process_group("gloo", store, request.transfer, rank=0, world_size=2, timeout_s=DEADLINE_S)
+    group = open_process_group("gloo", store, request.group, rank=0, world_size=2, timeout_s=DEADLINE_S)
     send(group, snapshot, DEADLINE_S)
 
 
@@ -330,7 +330,7 @@ def test_an_update_that_fails_can_be_abandoned_and_repeated(changed: Served) -> 
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         nobody_sends = TransferRequest(
             epoch=1,
-            transfer="nobody",
+            group="nobody",
             backend="gloo",
             store_host="127.0.0.1",
             store_port=store.port,

@@ -92,6 +92,29 @@ def test_a_replica_with_another_chat_template_is_refused_and_both_are_named(
         assert_evicted(run, other)
 
 
+def test_a_process_group_goes_on_while_its_members_are_the_same_and_nothing_fails(run: Run) -> None:
+    sender = a_sender(run)
+
+    def groups(*replicas: TorchReplica) -> list[object]:
+        return [sender._group, *(replica.engine.membership._group for replica in replicas)]
+
+    with TorchReplica(run, "first") as first:
+        publish(sender, 0)
+        assert sender.sync() == 1
+        opened = groups(first)
+        publish(sender, 1)
+        assert sender.sync() == 1
+        assert groups(first) == opened
+        with TorchReplica(run, "second", corrupt=fail_in_transfer(2)) as second:
+            publish(sender, 2)
+            assert sender.sync() == 2
+            of_two = groups(first, second)
+            assert not set(map(id, of_two)) & set(map(id, opened))
+            publish(sender, 3)
+            assert sender.sync() == 2, "together it failed; each by itself it went well"
+            assert not set(map(id, groups(first, second))) & set(map(id, of_two))
+
+
 @pytest.mark.parametrize("bucket_mib", [TENSORS_ONE_BY_ONE, 1.0])
 def test_a_sync_is_four_calls_a_replica_whatever_the_number_of_buckets(run: Run, bucket_mib: float) -> None:
     sender = a_sender(run)
@@ -123,6 +146,18 @@ def test_a_flipped_bit_stops_the_commit(run: Run, caplog: pytest.LogCaptureFixtu
 def swap_two(weights: Weights) -> Weights:
     one, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     return {**weights, one: weights[other], other: weights[one]}
+
+
+def fail_in_transfer(number: int) -> Callable[[int, Tensor], None]:
+    """A wire that breaks, for a replica, in one of the transfers that it takes part in, counted from 1."""
+    begun = []
+
+    def broken(bucket: int, _: Tensor) -> None:
+        begun.extend([bucket] if bucket == 0 else [])
+        if len(begun) == number:
+            raise RuntimeError("out of memory")
+
+    return broken
 
 
 def drop_a_bucket(weights: Weights) -> Weights:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from retort.weight_sync import TransferRequest, WeightManifest, bucket_digest, join, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest, bucket_digest, receive
 from tests.integration.queue_run import Run
 from tests.integration.replica import Replica
 from tests.training import a_language_model
@@ -24,6 +24,7 @@ class TorchEngine:
         self._corrupt = corrupt
         self._load_as = load_as
         self._received: Weights = {}
+        self.membership = Membership()
 
     async def prepare(self) -> None:
         self._received = {}
@@ -33,13 +34,14 @@ class TorchEngine:
 
     def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
         digests = []
-        arriving = receive(join(request), manifest, torch.device("cpu"), request.deadline_s)
-        for number, (tensors, _) in enumerate(arriving):
-            storage = tensors[0][1].untyped_storage()
-            bucket = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._corrupt(number, bucket)
-            digests.append(bucket_digest(bucket))
-            self._received |= dict(tensors)
+        with self.membership.of(request) as group:
+            arriving = receive(group, manifest, torch.device("cpu"), request.deadline_s)
+            for number, (tensors, _) in enumerate(arriving):
+                storage = tensors[0][1].untyped_storage()
+                bucket = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self._corrupt(number, bucket)
+                digests.append(bucket_digest(bucket))
+                self._received |= dict(tensors)
         return digests
 
     async def load(self, version: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from retort.cli.panel import Screen, View, clock, panel, step_line, validation_line
+from retort.cli.panel import Screen, View, clock, is_shown, panel, step_line, validation_line
 from retort.metrics_file import MetricsFile, accuracy
 
 STEP = {
@@ -116,6 +116,20 @@ def test_a_file_that_the_trainer_cut_back_is_read_on_from_there(tmp_path: Path) 
         more.write('{"step": 2, "time": 9.0}\n')
     assert [line["time"] for line in tail.read()] == [9.0]
     assert tail.by_step[2]["time"] == 9.0
+
+
+def test_what_is_not_kept_of_a_step_is_read_all_the_same_and_is_not_new_after_a_cut_back(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tail = MetricsFile(file, keep=is_shown)
+    step = {"step": 1, "time": 1.0, "timing_s/step": 2.0, "actor/entropy": 0.5}
+    validation = {"step": 1, "time": 2.0, "val-core/a/acc/mean@16": 0.5, "val-aux/a/acc/std@16": 0.25}
+    write(file, step, validation, {"step": 2, "time": 3.0, "actor/entropy": 0.5})
+    assert [len(line) for line in tail.read()] == [4, 4, 3]
+    kept = {"step": 1, "time": 1.0, "timing_s/step": 2.0, "val-core/a/acc/mean@16": 0.5}
+    assert tail.by_step == {1: kept, 2: {"step": 2, "time": 3.0}}
+    write(file, step, validation)
+    assert tail.read() == []
+    assert tail.by_step == {1: kept}
 
 
 def test_a_validation_on_a_line_of_its_own_joins_its_step(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Replica:
 def a_transfer(epoch: int) -> TransferRequest:
     return TransferRequest(
         epoch=epoch,
-        transfer="one",
+        group="one",
         backend="gloo",
         store_host="127.0.0.1",
         store_port=1,
