@@ -2,12 +2,14 @@
 
 Receivers are processes that do what a vLLM worker does with the wire: receive every bucket, digest it, copy its tensors
 into a model. Bare: the same buckets broadcast into a buffer, and nothing else. Both take turns in one run; the least of
-the repetitions counts, because other work on the machine only ever adds to it.
+the repetitions counts, because other work on the machine only ever adds to it. CPU seconds are those of the sender and
+of all receivers together.
 """
 
 import argparse
 import multiprocessing
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -27,6 +29,7 @@ from retort.weight_sync import (
 
 TIMEOUT_S = 120.0
 CPU = torch.device("cpu")
+KINDS = ("bare", "transfer")
 Measured = dict[str, list[float]]
 
 
@@ -46,23 +49,30 @@ def tensors_of(manifest: WeightManifest) -> Iterator[tuple[str, Tensor]]:
 
 
 def receiver(port: int, rank: int, size: int, repeats: int, manifest: WeightManifest, done: Connection) -> None:
+    """Says after each of the two, in turn, what its CPU seconds were and which digests it found."""
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port)
-    model = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16) for b in manifest.buckets for spec in b}
-    bucket_bytes = [sum(spec.num_bytes for spec in bucket) for bucket in manifest.buckets]
-    buffer = torch.empty(max(bucket_bytes), dtype=torch.uint8)
+    model = {spec.name: torch.zeros(spec.shape, dtype=torch.bfloat16) for b in manifest.buckets for spec in b}
+    buffers = [torch.zeros(num_bytes, dtype=torch.uint8) for num_bytes in bucket_bytes(manifest)]
     for number in range(repeats):
-        group = open_process_group("gloo", store, f"bare {number}", rank=rank, world_size=size, timeout_s=TIMEOUT_S)
-        for num_bytes in bucket_bytes:
-            broadcast(group, buffer[:num_bytes], TIMEOUT_S)
-        done.send(())
-        group = open_process_group("gloo", store, f"sync {number}", rank=rank, world_size=size, timeout_s=TIMEOUT_S)
-        digests = []
-        for tensors, digest in receive(group, manifest, CPU, TIMEOUT_S):
-            for name, tensor in tensors:
-                model[name].copy_(tensor)
-            digests.append(digest)
-        done.send(digests)
+        for kind in KINDS:
+            group = open_process_group(
+                "gloo", store, f"{kind} {number}", rank=rank, world_size=size, timeout_s=TIMEOUT_S
+            )
+            cpu_s, digests = time.process_time(), []
+            if kind == "bare":
+                for buffer in buffers:
+                    broadcast(group, buffer, TIMEOUT_S)
+            else:
+                for tensors, digest in receive(group, manifest, CPU, TIMEOUT_S):
+                    for name, tensor in tensors:
+                        model[name].copy_(tensor)
+                    digests.append(digest)
+            done.send((time.process_time() - cpu_s, digests))
+
+
+def bucket_bytes(manifest: WeightManifest) -> list[int]:
+    return [sum(spec.num_bytes for spec in bucket) for bucket in manifest.buckets]
 
 
 def measure(num_receivers: int, manifest: WeightManifest, repeats: int) -> Measured:
@@ -76,33 +86,31 @@ def measure(num_receivers: int, manifest: WeightManifest, repeats: int) -> Measu
         arguments = (store.port, rank, world_size, repeats, manifest, theirs)
         context.Process(target=receiver, args=arguments, daemon=True).start()
         pipes.append(ours)
-    measured: Measured = {"snapshot": [], "open": [], "bare": [], "transfer": []}
+    measured: Measured = defaultdict(list)
     for number in range(repeats):
         start = time.perf_counter()
         snapshot = Snapshot.take(number, manifest, tensors_of(manifest))
         measured["snapshot"].append(time.perf_counter() - start)
-        for kind, name in (("bare", "bare"), ("transfer", "sync")):
+        for kind in KINDS:
             start = time.perf_counter()
             group = open_process_group(
-                "gloo", store, f"{name} {number}", rank=0, world_size=world_size, timeout_s=TIMEOUT_S
+                "gloo", store, f"{kind} {number}", rank=0, world_size=world_size, timeout_s=TIMEOUT_S
             )
             measured["open"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            if kind == "bare":
-                for bucket in snapshot.buckets:
-                    broadcast(group, bucket, TIMEOUT_S)
-            else:
-                send(group, snapshot, TIMEOUT_S)
+            start, cpu_s = time.perf_counter(), time.process_time()
+            send(group, snapshot, TIMEOUT_S)
+            cpu_s = time.process_time() - cpu_s
             answers = [pipe.recv() for pipe in pipes]
             measured[kind].append(time.perf_counter() - start)
-            assert kind == "bare" or answers == [snapshot.digests] * num_receivers
+            measured[f"{kind} CPU"].append(cpu_s + sum(of_receiver for of_receiver, _ in answers))
+            assert kind == "bare" or [digests for _, digests in answers] == [snapshot.digests] * num_receivers
     return measured
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync", description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="size of the model")
-    parser.add_argument("--bucket-mib", type=int, default=256)
+    parser.add_argument("--bucket-mib", type=int, default=64)
     parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=4)
     args = parser.parse_args()
@@ -110,12 +118,13 @@ def main() -> None:
     manifest = manifest_of(args.mib, args.bucket_mib)
     gigabytes = sum(spec.num_bytes for bucket in manifest.buckets for spec in bucket) / 1e9
     print(f"{gigabytes:.2f} GB in {len(manifest.buckets)} buckets, least of {args.repeats}")
-    print("receivers  snapshot  open group  bare     transfer  ratio")
+    print("receivers  snapshot  open group  bare     transfer  ratio  CPU: bare  transfer  ratio")
     for count in args.receivers:
         least = {phase: min(seconds) for phase, seconds in measure(count, manifest, args.repeats).items()}
         print(
             f"{count:<9}  {least['snapshot']:<8.2f}  {least['open']:<10.3f}  {least['bare']:<7.2f}  "
-            f"{least['transfer']:<8.2f}  {least['transfer'] / least['bare']:.2f}"
+            f"{least['transfer']:<8.2f}  {least['transfer'] / least['bare']:<5.2f}  {least['bare CPU']:<9.2f}  "
+            f"{least['transfer CPU']:<8.2f}  {least['transfer CPU'] / least['bare CPU']:.2f}"
         )
 
 

@@ -8,8 +8,9 @@ authentication: what makes a transfer trustworthy is the digest that travels ove
 
 import hashlib
 import os
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,9 +25,8 @@ from retort.config import ConfigError, secret
 from retort.identity import NOBODY, Identity
 from retort.rollouts import Message
 
-# Odd, so that multiplying by it loses no bit modulo 2**64 and any single flipped bit changes the sum.
-_LANE_WEIGHT = 0x9E3779B97F4A7C15 - 2**64
-_CACHED_LANES = 2**14
+_ROW_LANES = 2**10
+_CACHED_ROWS = 2**7
 
 
 def authorization(env: Mapping[str, str] = os.environ) -> str:
@@ -170,23 +170,24 @@ class Snapshot:
 
 
 def bucket_digest(bucket: Tensor) -> int:
-    """64-bit position-weighted sum of a byte bucket, on the device where it lies.
+    """64 bits that stand for a byte bucket, computed on the device where it lies.
 
-    sum_i mix(lane_i) * (2 i + 1) * K modulo 2**64 over its 8-byte lanes, mix(x) = x ^ (x >> 32): any single changed
-    lane changes it, and so does a swap of two different lanes but for a chance of 2**-32 or so. It guards against
-    faults, not against forgery.
+    Its 8-byte lanes are laid out as a matrix, and the sums of its rows and columns, modulo 2**64, are hashed. Whatever
+    happens to one lane changes them, and so does a swap of two different ones, which are not in the same row and column
+    as well. It guards against faults, not against forgery.
     """
     lanes = bucket.view(torch.int64)
-    # Piece by piece what lies in a CPU's cache; as a whole it took ten times as long. A GPU takes all at once.
-    size = _CACHED_LANES if bucket.device.type == "cpu" else max(lanes.numel(), 1)
-    odd = 2 * torch.arange(size, device=bucket.device, dtype=torch.int64) + 1
-    total = 0
-    for start in range(0, lanes.numel(), size):
-        piece = lanes[start : start + size]
-        # Without it, lanes that differ in their highest bit alone (the sign of a weight) could be swapped unseen.
-        mixed = piece ^ (piece >> 32 & 0xFFFFFFFF)  # masked, because >> of an int64 repeats the sign
-        total += int((mixed * odd[: len(piece)]).sum()) + 2 * start * int(mixed.sum())
-    return total * _LANE_WEIGHT % 2**64
+    in_rows = len(lanes) // _ROW_LANES * _ROW_LANES
+    matrix, rest = lanes[:in_rows].view(-1, _ROW_LANES), lanes[in_rows:]
+    columns = torch.zeros(_ROW_LANES, dtype=torch.int64, device=bucket.device)
+    columns[: len(rest)] = rest
+    rows = [rest.sum(0, keepdim=True)]
+    # Both sums of what lies in a CPU's cache, one after the other. A GPU takes all at once.
+    for piece in matrix.split(_CACHED_ROWS if bucket.device.type == "cpu" else max(len(matrix), 1)):
+        rows.append(piece.sum(1))
+        columns += piece.sum(0)
+    sums = torch.cat([*rows, columns]).cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(sums, digest_size=8).digest(), "little")
 
 
 def open_process_group(
@@ -250,13 +251,14 @@ def receive(
 ) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
     """Yield for every bucket its (name, tensor) pairs and the digest of the bytes that arrived.
 
-    The next bucket arrives while the caller loads one, so two are held at a time.
+    The next two buckets arrive while the caller loads one, so three are held at a time.
     """
+    memory = _memory(max(map(_bucket_bytes, manifest.buckets), default=0), device)
     arriving: deque[tuple[Tensor, Work]] = deque()
     for number, specs in enumerate(manifest.buckets):
-        for ahead in manifest.buckets[number + len(arriving) : number + 2]:
-            # A new buffer each time: an engine may keep views until a whole layer has arrived.
-            buffer = torch.empty(_bucket_bytes(ahead), dtype=torch.uint8, device=device)
+        for ahead in manifest.buckets[number + len(arriving) : number + 3]:
+            # Not in turns: an engine may keep views until a whole layer has arrived.
+            buffer = memory(_bucket_bytes(ahead))
             arriving.append((buffer, _start_broadcast(group, buffer, timeout_s)))
         bucket, work = arriving.popleft()
         work.wait(timedelta(seconds=timeout_s))
@@ -292,6 +294,25 @@ def _pack(specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) ->
         start += _padded(spec.num_bytes)
     assert bucket is not None
     return bucket
+
+
+def _memory(num_bytes: int, device: torch.device) -> Callable[[int], Tensor]:
+    """Hands out so many bytes or fewer; on a CPU, those whose tensors are gone by then are handed out again.
+
+    New memory costs a CPU more than all else that a receiver does: the kernel clears it page by page. On a GPU torch
+    itself keeps what was used before.
+    """
+    free: list[bytearray] = []
+
+    def take(wanted: int) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(wanted, dtype=torch.uint8, device=device)
+        memory = free.pop() if free else bytearray(num_bytes or 1)
+        lent = memoryview(memory)  # lives as long as the last tensor that views it
+        weakref.finalize(lent, free.append, memory)
+        return torch.frombuffer(lent, dtype=torch.uint8)[:wanted]
+
+    return take
 
 
 def _bucket_bytes(specs: Sequence[TensorSpec]) -> int:

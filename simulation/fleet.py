@@ -41,9 +41,10 @@ class VirtualQueue(RolloutQueue):
         return reply
 
     async def _wait_for_new(self, block_s: float) -> list[tuple[Kind, Entry]]:
+        since = self._fleet.work.calls
         if found := await self._read_new():
             return found
-        await self._fleet.work.wait(block_s)
+        await self._fleet.work.wait(block_s, since)
         return await self._read_new()
 
     async def _read_new(self) -> list[tuple[Kind, Entry]]:

@@ -37,9 +37,10 @@ class VirtualTrainerQueue(TrainerQueue):
         return found
 
     def read_groups(self, kind: Kind, cursor: str, block_s: float, limit: int) -> list[tuple[str, RolloutGroup]]:
+        since = self._fleet.groups.calls
         if found := super().read_groups(kind, cursor, 0.0, limit):
             return found
-        self._fleet.loop.wait(self._fleet.groups.wait(block_s))
+        self._fleet.loop.wait(self._fleet.groups.wait(block_s, since))
         return super().read_groups(kind, cursor, 0.0, limit)
 
 

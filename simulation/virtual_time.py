@@ -80,9 +80,16 @@ class Waiters:
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self.calls = 0
+        """How often `wake` was called."""
 
-    async def wait(self, timeout_s: float) -> None:
-        """Until woken, `timeout_s` at most."""
+    async def wait(self, timeout_s: float, since: int) -> None:
+        """Until woken, `timeout_s` at most; not at all if `calls` is not `since` any more.
+
+        Whoever looks for himself first reads it before, or what comes between the two would wake nobody.
+        """
+        if self.calls != since:
+            return
         woken = asyncio.get_running_loop().create_future()
         self._waiting.append(woken)
         await asyncio.wait([woken], timeout=timeout_s)
@@ -90,6 +97,7 @@ class Waiters:
             woken.cancel()
 
     def wake(self, count: int) -> None:
+        self.calls += 1
         while count and self._waiting:
             woken = self._waiting.popleft()
             if not woken.done():

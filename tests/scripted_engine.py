@@ -56,6 +56,9 @@ class ScriptedEngine:
         self._note("probe")
         return [-1.0] * (len(prompt_ids) - 1)
 
+    async def resume(self) -> None:
+        self._note("resume")
+
     async def abandon(self) -> None:
         self._note("abandon")
 

@@ -219,7 +219,7 @@ class CheckpointConfig(Config):
 class WeightSyncConfig(Config):
     host: str = "127.0.0.1"
     """Address of the trainer's first rank that every rollout replica can reach."""
-    bucket_mib: PositiveFloat = 256.0
+    bucket_mib: PositiveFloat = 64.0
     """Tensors travel in broadcasts of about so many MiB."""
     deadline_s: PositiveFloat = 60.0
     """Longest wait for one phase of a weight sync; the replica that missed it is evicted by name."""

@@ -30,6 +30,8 @@ from services.rollout.weight_receiver import WeightReceiver
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+WARM_UP_IDS = [0, 1]
+
 
 class EngineDied(Exception):
     """The engine's process is gone; this server ends so that its supervisor starts a new one."""
@@ -97,6 +99,8 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
             (make_app(receiver, inference_of(receiver)), public),
             (make_control_app(receiver, control_header), control),
         ]
+        # An engine's first request takes seconds; in a weight sync the trainer and all replicas would wait for it.
+        await engine.probe(WARM_UP_IDS)
         log_event("engine_loaded", url=presence.http_url)
         try:
             await run_until_drained(sampler, presence, engine, faces, draining)

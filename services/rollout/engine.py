@@ -19,11 +19,11 @@ class Sampled:
 
 
 class Engine(Protocol):
-    """Token ids in, token ids and log-probabilities out; and the four steps of a weight update.
+    """Token ids in, token ids and log-probabilities out; and the steps of a weight update.
 
     `prepare` freezes generation with all requests kept, `receive` returns one list of bucket digests per worker,
-    `load` makes the received weights the ones in use under a version and lets generation go on, `abandon` leaves
-    a failed update. Between `prepare` and `load` no token is sampled.
+    `load` makes the received weights the ones in use under a version, `probe` scores a prompt with them, `resume` lets
+    generation go on, `abandon` leaves a failed update. Between `prepare` and `resume` no token is sampled.
     """
 
     num_workers: int
@@ -40,6 +40,8 @@ class Engine(Protocol):
     async def load(self, version: int) -> None: ...
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]: ...
+
+    async def resume(self) -> None: ...
 
     async def abandon(self) -> None: ...
 

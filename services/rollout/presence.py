@@ -13,7 +13,7 @@ from retort.queues import Member, RolloutQueue
 from services.rollout import metrics
 from services.rollout.sampler import Sampler
 
-ANNOUNCE_EVERY_S = 0.5
+ANNOUNCE_EVERY_S = 1.0
 LONG_SCORING_S = 2.0
 """Scores that take longer are what the replica waits for."""
 

@@ -24,7 +24,8 @@ from services.rollout.weight_receiver import WeightReceiver
 
 # Few at a time, so that replicas that are free at the same moment share what is there.
 TAKE_AT_ONCE = 4
-IDLE_BLOCK_S = 1.0
+IDLE_BLOCK_S = 2.0
+"""New work wakes the sampler at once; so often it looks for work that others have lost or given back."""
 
 
 class Decoder(Protocol):

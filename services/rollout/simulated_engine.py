@@ -71,10 +71,12 @@ class SimulatedEngine:
 
     async def load(self, version: int) -> None:
         self._loads.append((self._steps.done, version))
-        self._steps.resume()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
         return [LOGPROB] * (len(prompt_ids) - 1)
+
+    async def resume(self) -> None:
+        self._steps.resume()
 
     async def abandon(self) -> None:
         """Nothing was received."""

@@ -1,4 +1,4 @@
-"""The vLLM engine behind the rollout server. Beside it only `vllm_plugin` and `inference` import vllm."""
+"""The vLLM engine behind the rollout server. Beside it `vllm_plugin`, `probe_scheduler` and `inference` import vllm."""
 
 import asyncio
 import os
@@ -22,6 +22,7 @@ from retort.rollouts import SamplingParameters
 from retort.weight_sync import TransferRequest, WeightManifest
 from services.rollout.engine import Sampled
 from services.rollout.engine_sockets import make_socket_directory
+from services.rollout.probe_scheduler import PROBE, AsyncProbeScheduler, ProbeScheduler
 from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 
 HEALTH_CHECK_S = 1.0
@@ -42,6 +43,8 @@ class VLLMEngine:
 
     def __init__(self, config: RunConfig) -> None:
         on_cpu = not torch.cuda.is_available()
+        scheduler = ProbeScheduler if on_cpu else AsyncProbeScheduler
+        sequences = min(config.rollout.concurrent_groups * config.trainer.group_size, 512)
         # Read by the plug-in: processes below this one die with it.
         os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())
         # With it vLLM's processes would unpickle what reaches their sockets.
@@ -65,8 +68,11 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",
                 tensor_parallel_size=config.rollout.tensor_parallel,
                 gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-                max_num_seqs=min(config.rollout.concurrent_groups * config.trainer.group_size, 512),
+                max_num_seqs=sequences + 1,  # the probe's place
+                max_num_active_seqs=sequences,
                 scheduling_policy="priority",
+                scheduler_cls=f"{scheduler.__module__}.{scheduler.__name__}",
+                async_scheduling=not on_cpu,  # vLLM's own choice; the scheduler has to be of the same kind
                 # On a CPU, a request with a seed that is caught in a partial prefill ends the engine
                 # ("CPU Generator does not use offset").
                 enable_chunked_prefill=False if on_cpu else None,
@@ -144,10 +150,9 @@ class VLLMEngine:
         self._loads += 1
         if self.kv_on_update == "recompute":
             await self.llm.reset_prefix_cache(reset_running_requests=True)
-        await self.llm.resume_generation()
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
-        """Log-probability of every token of the prompt but the first, under the weights in use."""
+        """Log-probability of every token of the prompt but the first, under the weights in use; others stay frozen."""
         parameters = SamplingParams(
             temperature=1.0,
             max_tokens=1,
@@ -155,10 +160,13 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._generate(prompt_ids, parameters, priority=-1)
+        output = await self._generate(prompt_ids, parameters, priority=PROBE)
         assert output.prompt_logprobs is not None
         positions = zip(output.prompt_logprobs[1:], prompt_ids[1:], strict=True)
         return [position[token].logprob for position, token in positions if position]
+
+    async def resume(self) -> None:
+        await self.llm.resume_generation()
 
     async def abandon(self) -> None:
         await self.llm.collective_rpc("abandon_weight_update")

@@ -3,8 +3,8 @@
     joining -> prepared -> received -> verifying -> serving          every failure: back to joining
        ^___________|___________|___________|
 
-The trainer drives it with four calls (`retort.weight_sync`). Work is taken only while serving; what was sampled while a
-version was being verified leaves the replica only after that version was committed.
+The trainer drives it with four calls (`retort.weight_sync`). Work is taken and tokens are sampled only while serving. A
+group that ends during an update leaves the replica after the commit.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class WeightReceiver:
             return TransferReply(digests=digests)
 
     async def probe(self, request: ProbeRequest) -> ProbeReply:
-        """Load what was received and answer the log-probs of the probe prompt under it."""
+        """Load what was received and answer the log-probs of the probe prompt under it. All else stays frozen."""
         async with self._one_at_a_time:
             pending = self._expect("received", request.epoch)
             # From here on a failure needs a whole new update: the old weights are gone.
@@ -90,6 +90,7 @@ class WeightReceiver:
             pending = self._expect("verifying", request.epoch)
             if pending.version != request.version:
                 raise RefusedError(f"version {request.version} is not the one being verified, {pending.version} is")
+            await self._engine.resume()
             await self._move("serving")
             log_event("policy_committed", version=request.version)
             return request

@@ -12,7 +12,8 @@ from retort.questions import Question
 from retort.queues import Kind, RedisFull, TrainerQueue
 from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem, sample_seed
 
-POLL_S = 0.25
+POLL_S = 1.0
+"""Groups wake the reader at once; so often it looks after everything else."""
 ISSUE_AGAIN_S = 15.0
 
 

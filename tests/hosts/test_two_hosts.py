@@ -17,7 +17,7 @@ from tests.hosts.two_hosts import HEAD_ADDRESS, NODE_ADDRESS, ROOT, TwoHosts
 
 pytestmark = [
     pytest.mark.hosts,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(
         os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
     ),
@@ -34,7 +34,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 600.0) -> None:
     give_up = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up, f"not within {timeout_s:g} s: {what}"
@@ -50,7 +50,8 @@ def test_replicas_on_another_host_join_are_cut_off_and_come_back(tmp_path: Path)
         "RETORT_REWARD__PORT": "50051",
         "RETORT_ROLLOUT__HOST": NODE_ADDRESS,
         "RETORT_WEIGHT_SYNC__HOST": HEAD_ADDRESS,
-        "RETORT_WEIGHT_SYNC__DEADLINE_S": "10",
+        # Of a phase; on a loaded machine one takes seconds, and who misses it has to load its engine again.
+        "RETORT_WEIGHT_SYNC__DEADLINE_S": "30",
         "RETORT_TRAINER__STEPS": "400",
         "RETORT_VALIDATION__MAX_QUESTIONS": "4",
         "RETORT_VALIDATION__EVERY": "400",
@@ -87,7 +88,7 @@ def test_replicas_on_another_host_join_are_cut_off_and_come_back(tmp_path: Path)
         hosts.plug_it_in()
         until(lambda: len(metrics(run_dir)) > during + 3, "three more steps after the cut")
         hosts.ask_redis("SET", Keys(RUN)("stop"), "the test has seen enough")
-        assert trainer.wait(120) == 130
+        assert trainer.wait(600) == 130
 
     assert_every_step_trained_its_own_groups(run_dir)
 

@@ -170,7 +170,8 @@ def test_a_stall_without_replicas_says_so(run: Run) -> None:
         a_reader(run, stall_s=0.1).collect(ITEMS)
 
 
-def test_every_arrival_starts_the_patience_again(run: Run) -> None:
+def test_every_arrival_starts_the_patience_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "POLL_S", 0.25)
     replica = run.replica()
     leases = []
 

@@ -1,18 +1,36 @@
 """Faults injected into a real vLLM worker: none gets past verification, whichever way the weights went wrong."""
 
+import asyncio
 import logging
 
 import pytest
 
-from tests.integration.vllm_fleet import Fleet
+from retort.rollouts import SamplingParameters
+from services.rollout.engine import Sampled
+from tests.integration.vllm_fleet import SEQUENCES, Fleet
 
 pytestmark = pytest.mark.timeout(400)
+
+LONG = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=200)
 
 
 def test_without_a_fault_the_replica_serves(fleet: Fleet) -> None:
     fleet.inject("")
     assert fleet.sync() == 1
     assert fleet.replica.receiver.state == "serving"
+
+
+async def begin(fleet: Fleet) -> list[asyncio.Task[Sampled]]:
+    """Twice as many completions as the engine samples at a time; the first of them has ended."""
+    engine = fleet.replica.engine
+    samples = (engine.sample(list(range(20, 44)), LONG, seed, urgent=True) for seed in range(2 * SEQUENCES))
+    tasks = [asyncio.create_task(sample) for sample in samples]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    return tasks
+
+
+async def versions_of(tasks: list[asyncio.Task[Sampled]]) -> list[set[int]]:
+    return [set(sampled.policy_versions) for sampled in await asyncio.gather(*tasks)]
 
 
 @pytest.mark.parametrize(
@@ -26,10 +44,17 @@ def test_without_a_fault_the_replica_serves(fleet: Fleet) -> None:
         ("wrong_transpose", "probe", "it does not hold what was sent"),
     ],
 )
-def test_a_fault_stops_the_commit_and_the_replica_takes_no_work(
+def test_a_fault_stops_the_commit_before_a_token_is_sampled(
     fleet: Fleet, caplog: pytest.LogCaptureFixture, fault: str, phase: str, said: str
 ) -> None:
     caplog.set_level(logging.INFO, logger="retort")
+    fleet.inject("")
+    if fleet.replica.receiver.state != "serving":
+        fleet.restart_replica()
+    assert fleet.sync() == 1
+    before = fleet.version
+    in_flight = fleet.replica.wait(begin(fleet))
+
     fleet.inject(fault)
     fleet.replica.calls.clear()
     assert fleet.sync() == 0
@@ -43,3 +68,6 @@ def test_a_fault_stops_the_commit_and_the_replica_takes_no_work(
     fleet.inject("")
     fleet.restart_replica()
     assert fleet.sync() == 1, "nothing but the fault was in the way"
+    found = fleet.replica.wait(versions_of(in_flight))
+    assert {before, before + 2} in found, "some were half-way"
+    assert set().union(*found) == {before, before + 2}

@@ -19,7 +19,7 @@ from services.rollout.app import make_app
 from services.rollout.control import make_control_app
 from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
-from services.rollout.sampler import Sampler
+from services.rollout.sampler import IDLE_BLOCK_S, Sampler
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 from tests.integration.replica import AUTHORIZATION
@@ -116,7 +116,7 @@ def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(
 
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait_for(one.draining.wait(), 5)
-            await asyncio.sleep(1.5)  # longer than the sampler's wait for new work
+            await asyncio.sleep(IDLE_BLOCK_S + 0.5)  # longer than the sampler's wait for new work
             assert await one.get("/readyz") == (200, "serving policy version 0\n")
             assert not running.done()
 
@@ -141,7 +141,7 @@ def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(r
 
             request_drain(run.redis, run.run_id, one.trainer.members()["rollout-0"])
             await one.until(lambda: one.trainer.members()["rollout-0"].state == "draining")
-            await asyncio.sleep(1.5)  # longer than the sampler's wait for new work
+            await asyncio.sleep(IDLE_BLOCK_S + 0.5)  # longer than the sampler's wait for new work
             await one.issue(work("too-late"))
             assert not running.done()
 

@@ -16,7 +16,7 @@ from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem
 from retort.weight_sync import CommitRequest, PrepareRequest, ProbeRequest, WeightManifest
 from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
-from services.rollout.sampler import Sampler
+from services.rollout.sampler import IDLE_BLOCK_S, Sampler
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 from tests.scripted_engine import ScriptedEngine, text_of
@@ -291,7 +291,7 @@ def test_a_replica_without_a_version_takes_no_work(run: Run, reward_address: str
         async with replica(run, reward_address) as one:
             await one.load(1, commit=False)
             # The last call to take may have begun before; its answer is empty after its own wait.
-            await asyncio.sleep(1.1)
+            await asyncio.sleep(IDLE_BLOCK_S + 0.1)
             await one.issue(work("g0"))
             assert await one.finished(block_s=0.3) == []
             assert await one.in_flight() == InFlight(waiting=1, leased=0, finished=0)
@@ -335,7 +335,7 @@ def test_a_drain_finishes_what_is_in_hand_and_takes_nothing_new(run: Run, reward
             await one.issue(work("in-hand"))
             await one.until(lambda: one.samples() == GROUP_SIZE)
             one.draining.set()
-            await asyncio.sleep(1.1)  # the last call to take returns after its own wait
+            await asyncio.sleep(IDLE_BLOCK_S + 0.1)  # the last call to take returns after its own wait
             await one.issue(work("too-late"))
         assert ids(await one.finished()) == ["in-hand"]
         assert await one.in_flight() == InFlight(waiting=1, leased=0, finished=1)

@@ -52,6 +52,9 @@ class TorchEngine:
     async def probe(self, prompt_ids: list[int]) -> list[float]:
         return prompt_logprobs(self.model, prompt_ids)
 
+    async def resume(self) -> None:
+        """It samples nothing."""
+
     async def abandon(self) -> None:
         self._received = {}
 

@@ -171,10 +171,8 @@ class Protocol:
                     if work == "issued":
                         yield f"take {step}", with_work(state, step, "leased"), r._replace(hand=Hand(step, r.epoch))
         elif r.hand.sampled_by is None:
-            frozen = ("joining", "prepared", "received")
-            if self.bug == "version_advanced_before_apply":
-                frozen = ("joining", "received")
-            if r.phase not in frozen and r.weights and r.pending:
+            goes_on = {"sampled_before_commit": "verifying", "version_advanced_before_apply": "prepared"}
+            if r.phase in ("serving", goes_on.get(self.bug)) and r.weights and r.pending:
                 sampled = r.hand._replace(epoch=r.epoch, sampled_by=r.weights, said=r.pending[1])
                 yield f"sample {r.hand.step}", state, r._replace(hand=sampled)
         elif self.may_be_submitted(r, r.hand):
@@ -191,6 +189,8 @@ class Protocol:
 
     def submit(self, state: State, r: Replica, hand: Hand) -> Iterator[tuple[str, State, Replica]]:
         assert hand.sampled_by is not None
+        if hand.epoch != r.epoch:
+            state = state._replace(broken="tokens that were sampled for one trainer left for another")
         if self.bug == "acknowledged_before_appended" and not hand.is_acked:
             yield f"acknowledge {hand.step}", with_work(state, hand.step, "submitted"), with_ack(r, hand)
             return
@@ -240,17 +240,14 @@ def violation(state: State) -> str:
     serving = [r for r in state.replicas if r.phase == "serving"]
     believed = [r for r in serving if r.is_current and not r.is_evicted]
     steps = [step for step, _, _ in state.stream]
+    sampled = [(r.hand.sampled_by, r.hand.said) for r in state.replicas if r.hand and r.hand.sampled_by]
     rules = {
         "a replica serves weights that are not what was sent": all(
             not r.is_damaged and r.weights == r.pending for r in serving
         ),
         "the trainer believes a replica to be current that is not": all(r.pending == state.policy for r in believed),
-        "tokens are said to be of another version than sampled them": all(
-            weights[1] == said for _, weights, said in state.stream
-        ),
-        "tokens of a version that was not committed left the replica": all(
-            weights in state.committed for _, weights, _ in state.stream
-        ),
+        "tokens are said to be of another version than sampled them": all(w[1] == said for w, said in sampled),
+        "a token was sampled by weights that were not committed": all(w in state.committed for w, _ in sampled),
         "tokens are staler than allowed": all(said == step - 1 for step, _, said in state.stream),
         "a group is there twice": len(steps) == len(set(steps)),
     }

@@ -25,6 +25,7 @@ def test_a_completion_says_which_version_sampled_each_token() -> None:
         await asyncio.sleep(3.0)
         await engine.prepare()
         await engine.load(1)
+        await engine.resume()
         sampled = await sampling
         return sampled.policy_versions, sampled.finish_reason
 

@@ -36,13 +36,16 @@ def test_its_log_probs_are_those_of_the_model_at_the_sampling_temperature(engine
     assert sampled.logprobs == pytest.approx(expected, abs=1e-6)
 
 
-def test_between_prepare_and_load_nothing_is_sampled(engine: SimulatedModel) -> None:
+def test_between_prepare_and_resume_nothing_is_sampled(engine: SimulatedModel) -> None:
     async def sample_over_an_update() -> list[int]:
         await engine.prepare()
         sampling = asyncio.create_task(engine.sample(PROMPT, SAMPLING, 0, urgent=True))
         await asyncio.sleep(0.1)
         assert not sampling.done()
         await engine.load(7)
+        await asyncio.sleep(0.1)
+        assert not sampling.done()
+        await engine.resume()
         return (await sampling).policy_versions
 
     assert set(asyncio.run(sample_over_an_update())) == {7}

@@ -57,7 +57,7 @@ def test_a_version_is_served_after_the_four_calls_and_not_before() -> None:
             await replica.call(phase, version=4)
             seen.append((replica.receiver.state, replica.receiver.served_version))
         assert seen == [("joining", None), ("updating", None), ("updating", None), ("updating", None), ("serving", 4)]
-        assert replica.engine.calls == ["prepare", "receive", "load 4", "probe"]
+        assert replica.engine.calls == ["prepare", "receive", "load 4", "probe", "resume"]
 
     asyncio.run(story())
 
@@ -142,7 +142,7 @@ def test_a_new_prepare_abandons_an_unfinished_update(until: str) -> None:
         await replica.sync(until=until)
         replica.engine.calls.clear()
         await replica.sync(version=2)
-        assert replica.engine.calls == ["abandon", "prepare", "receive", "load 2", "probe"]
+        assert replica.engine.calls == ["abandon", "prepare", "receive", "load 2", "probe", "resume"]
         assert replica.receiver.served_version == 2
 
     asyncio.run(story())
@@ -154,7 +154,7 @@ def test_weights_that_were_loaded_and_not_committed_are_replaced_by_the_next_upd
         await replica.sync(until="probe")
         replica.engine.calls.clear()
         await replica.sync(version=2)
-        assert replica.engine.calls == ["prepare", "receive", "load 2", "probe"]
+        assert replica.engine.calls == ["prepare", "receive", "load 2", "probe", "resume"]
 
     asyncio.run(story())
 
