@@ -86,7 +86,16 @@ def test_a_malformed_request_is_refused_by_field(http: httpx.Client, items: list
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b"{", 400), (b"[" * 100_000, 400), (b"\xff\xfe", 400), (b"", 422), (b"1", 422), (b"x" * (17 << 20), 413)],
+    [
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b"\xff\xfe", 400),
+        (b"", 422),
+        (b"1", 422),
+        (b'{"items":[' + b"{}," * 1_000_000 + b"{}]}", 422),
+        (b"x" * (17 << 20), 413),
+    ],
+    ids=["half", "deep", "no UTF-8", "empty", "a number", "many items", "too large"],
 )
 def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes, status: int) -> None:
     answer = http.post("/v1/score", content=body, headers={"Content-Type": "application/json"})
