@@ -105,12 +105,23 @@ def test_a_hostile_answer_gets_a_verdict(client: RewardClient, checker: str, ans
 @pytest.mark.parametrize("completion", ["a" * 10**6, "(" * 10**5, "[" * 10**5, "\\frac{" * 10**4, "1" * 10**6])
 def test_a_large_or_deep_completion_gets_a_verdict(client: RewardClient, checker: str, completion: str) -> None:
     answer = {"regex": "(a+)+$", "json_schema": "{}"}.get(checker, "B" if "m" in checker and checker[1] == "c" else "5")
-    options = LIMIT if checker in ("math", "json_schema") else {}
+    options = LIMIT if checker in ("math", "json_schema", "regex") else {}
     started = time.monotonic()
     good, bad = client.score([GOOD, Item(checker, completion, answer, options, id="bad")])
     assert good.reward == 1.0
     assert (bad.reward is None) == bool(bad.unscorable)
     assert time.monotonic() - started < 20
+
+
+def test_patterns_that_take_long_in_linear_time_are_stopped(client: RewardClient) -> None:
+    # Too many states for RE2's automaton, which then looks at a thousand of them for each character.
+    pattern = "|".join(f"{first}[ab]{{{count}}}c" for count in range(981, 991) for first in "ab")
+    text = "".join(random.Random(0).choices("ab", k=100_000))
+    slow = [Item("regex", text + "x" * n, pattern, LIMIT, id=str(n)) for n in range(8)]
+    quick = Item("numeric", "It is 3", "3", id="quick")
+    results = client.score([*slow, quick])
+    assert [result.reward for result in results] == [None] * 8 + [1.0]
+    assert all("took more than 1 s" in result.unscorable for result in results[:8])
 
 
 def test_a_tower_of_powers_does_not_outlive_its_time(client: RewardClient) -> None:

@@ -109,7 +109,8 @@ class Checker(ABC):
     """The options that `check` may be given: name and meaning. Any other makes the item unscorable."""
     examples: ClassVar[Sequence[Example]] = ()
     quick: ClassVar[bool] = False
-    """Whether its time is linear in its input, whatever that is. Then it runs in a thread of the service."""
+    """Whether its time is linear in its input, whatever that is, and short: nothing stops it. Then it runs in a
+    thread of the service."""
     immediate: ClassVar[bool] = False
     """Whether it is quick and only finds and compares texts, and waits for nothing. Then a small batch is scored in
     the event loop: its way to a thread and back would take longer than its verdicts."""
