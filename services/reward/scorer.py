@@ -15,7 +15,7 @@ from services.reward.checkers import Checker, Reward, Unscorable, Verdict, is_en
 from services.reward.checkers.composite import Composite, Part
 from services.reward.isolation.pool import WorkerPool
 from services.reward.metrics import BATCH_SECONDS, CACHED, SECONDS, VERDICTS, WORKER_SECONDS
-from services.reward.scoring import Item, Scored, check_run
+from services.reward.scoring import Item, Scored, check_run, sound
 from services.reward.shadow import Shadow
 
 TIME_LIMIT = "time_limit_s"
@@ -146,7 +146,7 @@ class Scorer:
         if isinstance(parts, Unscorable):
             return parts
         scored = await asyncio.gather(*(self._score_part(item, part) for part in parts))
-        return composite.combine(parts, [one.verdict for one in scored])
+        return sound(composite, composite.combine(parts, [one.verdict for one in scored]))
 
     async def _score_part(self, item: Item, part: Part) -> Scored:
         whole = Item(item.id, part.checker, item.completion, part.answer, part.options)

@@ -81,7 +81,7 @@ def test_a_hostile_program_has_reward_0_and_costs_nobody_else_anything(client: R
         ("import socket; socket.socket()", "PermissionError"),
         ("open('/etc/passwd')", "PermissionError"),
         ("import os; os.fork()", "PermissionError"),
-        ("raise SystemExit", "ended its worker process twice"),
+        ("raise SystemExit(3)", "does raised SystemExit: 3"),
         ("import os\nfor n in range(3, 64): os.write(n, b'x' * 100)", ""),
         ("raise ValueError('\\ud800')", "ValueError: \\ud800"),
     ],

@@ -48,6 +48,24 @@ def test_a_text_that_no_worker_could_read_is_unscorable() -> None:
     assert broken.verdict.reason.startswith("completion has a lone surrogate")
 
 
+class Huge(Checker):
+    name, version, description, quick = "huge", "1", "", True
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        return Reward(value=1e308, correct=True, parsed="", format_ok=True, rule="", explanation="")
+
+
+def test_a_composite_that_is_not_finite_is_unscorable() -> None:
+    parts = json.dumps([{"checker": "huge", "answer": "", "weight": 1000}])
+
+    async def run() -> list[Scored]:
+        checkers = {**load_checkers([]), "huge": Huge()}
+        return await Scorer(checkers, WorkerPool(), Admission()).score([Item("1", "composite", "", parts)])
+
+    (scored,) = asyncio.run(run())
+    assert scored.verdict == Unscorable(reason="composite returned a reward that is not a finite number")
+
+
 class Where(Checker):
     """Says in which thread it was called."""
 
