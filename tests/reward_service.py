@@ -44,6 +44,16 @@ class Does(Checker):
     def check(self, completion, answer, options):
         exec(completion, {})
         return reward(1.0)
+
+class CannotPrepare(Does):
+    name = "cannot_prepare"
+    def prepare(self):
+        raise ValueError("not today")
+
+class HangsInPrepare(Does):
+    name = "hangs_in_prepare"
+    def prepare(self):
+        time.sleep(3600)
 '''
 
 
@@ -106,6 +116,8 @@ def install_user_checkers(folder: Path) -> str:
         "not_a_number = user_checkers:NotANumber\n"
         "waits = user_checkers:Waits\n"
         "does = user_checkers:Does\n"
+        "cannot_prepare = user_checkers:CannotPrepare\n"
+        "hangs_in_prepare = user_checkers:HangsInPrepare\n"
     )
     return str(folder)
 

@@ -93,6 +93,22 @@ def test_a_checker_with_a_hole_costs_its_item_only(client: RewardClient, source:
     assert reason in bad.unscorable
 
 
+def test_a_checker_that_cannot_be_prepared_costs_no_other_anything(service: Service) -> None:
+    async def run() -> list[Result]:
+        async with AsyncRewardClient(service.address) as client:
+            hanging = [asyncio.create_task(client.score([Item("hangs_in_prepare", "", "")] * 20)) for _ in range(3)]
+            others = [Item("cannot_prepare", "pass", ""), Item("does", "pass", ""), Item("regex", "6", "6")]
+            results = await client.score(others)
+            # More items that hang than there are places, and yet the others came first.
+            assert [one.done() for one in hanging] == [False] * 3
+            for one in hanging:
+                one.cancel()
+            return results
+
+    assert [result.reward for result in asyncio.run(run())] == [1.0, 1.0, 1.0]
+    assert "ValueError: not today" in service.read_log()
+
+
 @pytest.mark.parametrize("answer", ["NaN", "inf", "-inf", "1e999", "\x00", "", "9" * 5000])
 @pytest.mark.parametrize("checker", ["numeric", "math", "regex", "json_schema", "composite", "mcq_lenient"])
 def test_a_hostile_answer_gets_a_verdict(client: RewardClient, checker: str, answer: str) -> None:
