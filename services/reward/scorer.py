@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from retort.telemetry import log_event
-from services.reward.admission import Admission
+from services.reward.admission import Admission, FullError
 from services.reward.cache import VerdictCache, content_key
 from services.reward.checkers import Checker, Reward, Unscorable, Verdict, is_encodable
 from services.reward.checkers.composite import Composite, Part
@@ -52,22 +52,34 @@ class Scorer:
         started = time.perf_counter()
         quick, slow = self._split(items)
         characters = sum([len(item.completion) + len(item.answer) for item in items])
-        with self._admission.admit(len(items), characters):
-            tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
-            try:
-                if quick:
-                    together = [items[index] for index in quick] if slow else items
-                    yield quick, await self._score_together(together, characters)
-                for task in asyncio.as_completed(tasks) if tasks else ():
-                    index, result = await task
-                    self._record([items[index]], [result])
-                    yield [index], [result]
-            finally:
-                for unfinished in tasks:
-                    unfinished.cancel()
-        seconds = time.perf_counter() - started
-        BATCH_SECONDS.observe(seconds)
-        log_event("scored", items=len(items), in_workers=len(slow), seconds=seconds)
+        outcome = "failed"
+        try:
+            with self._admission.admit(len(items), characters):
+                tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
+                try:
+                    if quick:
+                        together = [items[index] for index in quick] if slow else items
+                        yield quick, await self._score_together(together, characters)
+                    for task in asyncio.as_completed(tasks) if tasks else ():
+                        index, result = await task
+                        self._record([items[index]], [result])
+                        yield [index], [result]
+                finally:
+                    for unfinished in tasks:
+                        unfinished.cancel()
+            outcome = "scored"
+        except FullError:
+            outcome = "refused"
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            # The caller left, or its deadline passed, which looks the same from here.
+            outcome = "cancelled"
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            if outcome == "scored":
+                BATCH_SECONDS.observe(seconds)
+            log_event("batch", outcome=outcome, items=len(items), in_workers=len(slow), seconds=seconds)
 
     async def score_with(self, item: Item, name: str) -> Scored:
         """The verdict of another checker than the item's own."""

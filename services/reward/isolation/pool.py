@@ -255,6 +255,9 @@ class WorkerPool:
                     "or raise the option time_limit_s"
                 )
             return asking.result()
+        except asyncio.CancelledError:
+            KILLS.labels(checker.name, "cancelled").inc()
+            raise
         finally:
             asking.cancel()
             if reusable and len(self._idle[checker.name]) < IDLE_PER_CORE * self._cores:
