@@ -75,10 +75,12 @@ class Service:
 
 
 @contextmanager
-def reward_service(*arguments: str, python_path: str = "") -> Iterator[Service]:
-    """A reward service that is ready, killed at the end if it still runs."""
+def reward_service(*arguments: str, python_path: str = "", files: int = 0) -> Iterator[Service]:
+    """A reward service that is ready, killed at the end if it still runs. `files`: how many it may open, if not 0."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "services.reward", *arguments]
+        if files:
+            command = ["prlimit", f"--nofile={files}", *command]
         environment = os.environ | {"PYTHONPATH": python_path}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True)
         with process:

@@ -1,6 +1,7 @@
 """Items and clients that mean harm: nothing is lost, and the next request is served."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -162,6 +163,22 @@ def test_good_items_do_not_wait_for_hostile_ones(service: Service) -> None:
     assert sum(result.id.startswith("good") for result in results[:first_bad]) == 100
 
 
+def test_a_flood_of_endless_items_of_one_caller_delays_no_other(service: Service) -> None:
+    async def run() -> list[float | None]:
+        async with AsyncRewardClient(service.address) as flood, AsyncRewardClient(service.address) as other:
+            flooding = asyncio.create_task(
+                flood.score([Item("does", "while True: pass", "", {"time_limit_s": "40"})] * 120)
+            )
+            # Both lanes are full by now: 32 places, and four for each core.
+            await asyncio.wait([flooding], timeout=3)
+            # No endless item has ended by then, so none of them has made room.
+            results = await asyncio.wait_for(other.score([Item("does", "pass", "")] * 3), timeout=35)
+            flooding.cancel()
+            return [result.reward for result in results]
+
+    assert asyncio.run(run()) == [1.0] * 3
+
+
 def test_a_killed_worker_and_a_killed_nursery_cost_no_verdict(service: Service) -> None:
     # Their time is not the point here, and a machine in use may be slow.
     items = [Item("math", f"${n}+1$", f"{n + 1}", {"time_limit_s": "60"}, id=str(n)) for n in range(60)]
@@ -256,6 +273,25 @@ def test_a_thousand_connections_at_a_time(service: Service) -> None:
     lines = asyncio.run(run())
     assert set(lines) <= {b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 429 Too Many Requests\r\n"}
     assert lines.count(b"HTTP/1.1 200 OK\r\n") > 900
+
+
+def test_heads_that_never_end_shut_out_nobody_for_long() -> None:
+    with reward_service("--http-port", "0", files=256) as small, contextlib.ExitStack() as opened:
+        host, port = small.http.removeprefix("http://").split(":")
+        for _ in range(300):
+            connection = opened.enter_context(socket.create_connection((host, int(port))))
+            with contextlib.suppress(ConnectionError):  # beyond half of its files it hangs up
+                connection.sendall(b"POST /v1/score HTTP/1.1\r\nHo")
+        with RewardClient(small.address, timeout_s=60) as client:
+            assert client.score([GOOD])[0].reward == 1.0
+        give_up = time.monotonic() + 60
+        while time.monotonic() < give_up:
+            with contextlib.suppress(httpx.TransportError):
+                assert httpx.get(f"{small.http}/healthz").text == "ok\n"
+                break
+            time.sleep(0.5)
+        assert time.monotonic() < give_up
+        assert "Traceback" not in small.read_log()
 
 
 def test_a_thousand_grpc_connections_at_a_time(service: Service) -> None:

@@ -23,6 +23,9 @@ from services.reward.metrics import KILLS, WAITING
 
 SHORT_S = 0.1
 """An item that runs longer moves to the slow lane."""
+LONG_S = 1.0
+"""So much longer it keeps its place if the slow lane is full. Then it is stopped, and runs again from its start when
+there is room: checkers are pure functions."""
 QUICK_PER_CORE = 4
 """Items of a core that may run and are not known to be slow. Several, so that a few that run for ever do not keep
 all others waiting until they are known."""
@@ -82,6 +85,15 @@ class Worker:
         self.writer.close()
 
 
+class Turns:
+    """A batch's places in the two queues. One of its items waits in each at a time: so batches take turns, however many
+    items they have."""
+
+    def __init__(self) -> None:
+        self.quick = asyncio.Lock()
+        self.slow = asyncio.Lock()
+
+
 class Lanes:
     """Which items run now: QUICK_PER_CORE for each core, and beside them up to SLOW_LANE that take long.
 
@@ -93,14 +105,15 @@ class Lanes:
         self._slow = asyncio.Semaphore(SLOW_LANE)
 
     @contextlib.asynccontextmanager
-    async def enter(self, checker: str) -> AsyncIterator["Place"]:
+    async def enter(self, checker: str, turns: Turns, *, slow: bool = False) -> AsyncIterator["Place"]:
+        place = Place(self._slow if slow else self._quick)
         waiting = WAITING.labels(checker)
         waiting.inc()
         try:
-            await self._quick.acquire()
+            async with turns.slow if slow else turns.quick:
+                await place.lane.acquire()
         finally:
             waiting.dec()
-        place = Place(self._quick)
         try:
             yield place
         finally:
@@ -108,6 +121,8 @@ class Lanes:
 
     async def move(self, place: "Place") -> bool:
         """Into the slow lane, unless that is full."""
+        if place.lane is self._slow:
+            return True
         if self._slow.locked():
             return False
         await self._slow.acquire()
@@ -199,30 +214,32 @@ class WorkerPool:
         self._idle: Mapping[str, list[Worker]] = defaultdict(list)
         self._nurseries: Mapping[str, Nursery] = defaultdict(Nursery)
 
-    async def check(
-        self, checker: Checker, completion: str, answer: str, options: Mapping[str, str], seconds: float
-    ) -> Verdict:
-        """The checker's verdict, or Unscorable after so many seconds of running. Cancelling kills the worker."""
-        for name, text in (("completion", completion), ("answer", answer)):
+    async def check(self, checker: Checker, question: Question, turns: Turns) -> Verdict:
+        """The checker's verdict, or Unscorable after `question.seconds` of running. Cancelling kills the worker."""
+        for name, text in (("completion", question.completion), ("answer", question.answer)):
             if len(text) > LONGEST_TEXT:
                 return Unscorable(reason=f"{name} has {len(text)} characters; {checker.name} takes {LONGEST_TEXT}")
         if problem := can_confine():
             return Unscorable(reason=f"{checker.name} cannot run here: {problem}")
-        question = Question(completion, answer, dict(options), seconds)
         death: WorkerDiedError | None = None
         # Twice: it may have died of something else than this item, an operator for example.
         for _ in range(2):
             try:
                 # Before the item has a place: a checker that hangs or dies here must delay no other.
                 await self._nursery_of(checker).prepare(checker.name)
-                async with self._lanes.enter(checker.name) as place:
-                    return await self._run(checker, question, place)
+                async with self._lanes.enter(checker.name, turns) as place:
+                    verdict = await self._run(checker, question, place)
+                if verdict is None:
+                    async with self._lanes.enter(checker.name, turns, slow=True) as place:
+                        verdict = await self._run(checker, question, place)
+                assert verdict is not None, "the slow lane has room for what is in it"
+                return verdict
             except WorkerDiedError as error:
                 KILLS.labels(checker.name, "died").inc()
                 death = error
         return Unscorable(
             reason=f"{checker.name} ended its worker process twice ({death}): it crashed, or it used more than "
-            f"{checker.limits.memory_mib} MiB or {seconds:g} s of CPU time"
+            f"{checker.limits.memory_mib} MiB or {question.seconds:g} s of CPU time"
         )
 
     def close(self) -> None:
@@ -236,18 +253,25 @@ class WorkerPool:
         """One for all that are built in, and one for each other checker, whose code may break what it runs in."""
         return self._nurseries["" if checker.name in BUILT_IN_NAMES else checker.name]
 
-    async def _run(self, checker: Checker, question: Question, place: Place) -> Verdict:
+    async def _run(self, checker: Checker, question: Question, place: Place) -> Verdict | None:
+        """None if the item takes long and there is no room for such: it is to run again where there is."""
         worker = await self._take(checker)
         asking = asyncio.create_task(worker.ask(question))
         reusable = False
         try:
             done, _ = await asyncio.wait([asking], timeout=min(SHORT_S, question.seconds))
-            if not done and question.seconds > SHORT_S:
+            reusable = bool(done) and asking.exception() is None and worker.items < ITEMS_PER_WORKER
+            rest = question.seconds - SHORT_S
+            if not done and rest > LONG_S and not await self._lanes.move(place):
+                done, _ = await asyncio.wait([asking], timeout=LONG_S)
+                rest -= LONG_S
+                if not done and not await self._lanes.move(place):
+                    KILLS.labels(checker.name, "no_room").inc()
+                    return None
+            if not done and rest > 0:
                 if await self._lanes.move(place):
                     worker.demote()
-                done, _ = await asyncio.wait([asking], timeout=question.seconds - SHORT_S)
-            elif done:
-                reusable = asking.exception() is None and worker.items < ITEMS_PER_WORKER
+                done, _ = await asyncio.wait([asking], timeout=rest)
             if not done:
                 KILLS.labels(checker.name, "time_limit").inc()
                 return Unscorable(
