@@ -43,6 +43,8 @@ async def serve(
     Port 0 lets the system choose, no HTTP port means no HTTP; the event "ready" in the log names the addresses.
     Raises ConfigError if an address cannot be bound.
     """
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     async with open_scorer(checkers, shadows) as scorer:
         server, health = make_server(scorer, security)
         addresses = {"address": bind(server, host, grpc_port, security)}
@@ -125,10 +127,8 @@ class _Connection(H11Protocol):
 
 
 def _most_connections() -> int:
-    """Half of the files that this process can open: the others are for gRPC and for workers."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(MAX_CONNECTIONS, hard // 2)
+    """At most half of the files that this process can open: the others are for gRPC and for workers."""
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def _http_config(app: object, security: Security) -> uvicorn.Config:
