@@ -44,6 +44,16 @@ class Does(Checker):
     def check(self, completion, answer, options):
         exec(completion, {})
         return reward(1.0)
+
+class CannotPrepare(Does):
+    name = "cannot_prepare"
+    def prepare(self):
+        raise ValueError("not today")
+
+class HangsInPrepare(Does):
+    name = "hangs_in_prepare"
+    def prepare(self):
+        time.sleep(3600)
 '''
 
 
@@ -65,10 +75,12 @@ class Service:
 
 
 @contextmanager
-def reward_service(*arguments: str, python_path: str = "") -> Iterator[Service]:
-    """A reward service that is ready, killed at the end if it still runs."""
+def reward_service(*arguments: str, python_path: str = "", files: int = 0) -> Iterator[Service]:
+    """A reward service that is ready, killed at the end if it still runs. `files`: how many it may open, if not 0."""
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, "-m", "services.reward", *arguments]
+        if files:
+            command = ["prlimit", f"--nofile={files}", *command]
         environment = os.environ | {"PYTHONPATH": python_path}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True)
         with process:
@@ -106,6 +118,8 @@ def install_user_checkers(folder: Path) -> str:
         "not_a_number = user_checkers:NotANumber\n"
         "waits = user_checkers:Waits\n"
         "does = user_checkers:Does\n"
+        "cannot_prepare = user_checkers:CannotPrepare\n"
+        "hangs_in_prepare = user_checkers:HangsInPrepare\n"
     )
     return str(folder)
 

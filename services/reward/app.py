@@ -37,6 +37,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"model": ProblemBody, "description": "The body is too large."},
     422: {"model": ProblemBody, "description": "A field is wrong, and which."},
     429: {"model": ProblemBody, "description": "The service is full. Retry-After says when to try again."},
+    503: {"model": ProblemBody, "description": "The service was stopped before it had finished."},
 }
 
 
@@ -176,6 +177,9 @@ async def _score_while_connected(scorer: Scorer, items: Sequence[Item], request:
         if not scoring.done():
             raise RefusedError(499, "the client has closed the connection")
         return scoring.result()
+    except asyncio.CancelledError:
+        # Nobody else cancels a request.
+        raise RefusedError(503, "the service is being stopped and could not finish this; send it again") from None
     finally:
         scoring.cancel()
         gone.cancel()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint
 
 from retort.config import ConfigError
-from services.reward.checkers import Checker
+from services.reward.checkers import Checker, Example, Limits
 
 GROUP = "retort.checkers"
 
@@ -50,13 +50,42 @@ def _load(point: EntryPoint) -> Checker:
     origin = f"checker {point.name!r} ({point.value})"
     try:
         checker = point.load()()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{origin} does not load: {error}. Mend or uninstall its package.") from error
+    # Foreign code, which may also end its process while it is imported.
+    except (Exception, SystemExit) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{origin} does not load: {problem}. Mend or uninstall its package.") from error
     if not isinstance(checker, Checker):
         raise ConfigError(f"{origin} does not derive from services.reward.checkers.Checker.")
-    for attribute in ("name", "version", "description"):
-        if not isinstance(getattr(checker, attribute, None), str):
-            raise ConfigError(f"{origin} needs the text {attribute}.")
+    if problem := _wrong_attribute(checker):
+        raise ConfigError(f"{origin} needs {problem}.")
     if checker.name != point.name:
         raise ConfigError(f"{origin} calls itself {checker.name!r}. Give class and entry point one name.")
     return checker
+
+
+def _wrong_attribute(checker: Checker) -> str:
+    """What the service would stumble over when it is asked; empty if nothing is."""
+    for attribute in ("name", "version", "description", "accepts"):
+        if not isinstance(getattr(checker, attribute, None), str):
+            return f"the text {attribute}"
+    if not _are_texts(checker.options):
+        return "options that map texts to texts"
+    if not isinstance(checker.limits, Limits):
+        return "limits of the type services.reward.checkers.Limits"
+    if not isinstance(checker.examples, list | tuple) or not all(_is_example(one) for one in checker.examples):
+        return "examples that are a list of services.reward.checkers.Example: texts, and a reward"
+    return ""
+
+
+def _is_example(one: object) -> bool:
+    return (
+        isinstance(one, Example)
+        and isinstance(one.completion, str)
+        and isinstance(one.answer, str)
+        and isinstance(one.reward, int | float)
+        and (one.options is None or _are_texts(one.options))
+    )
+
+
+def _are_texts(options: object) -> bool:
+    return isinstance(options, Mapping) and all(isinstance(text, str) for pair in options.items() for text in pair)

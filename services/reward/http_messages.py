@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
 from services.reward.checkers import Checker, Reward, is_encodable
 from services.reward.requests import LONGEST_NAME, MAX_ENTRIES, MAX_ITEMS
@@ -35,7 +36,17 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _few(value: object) -> object:
+    """Before pydantic looks at the content: it would collect an error for each entry, in the event loop."""
+    most = MAX_ITEMS if isinstance(value, list) else MAX_ENTRIES
+    if isinstance(value, list | dict) and len(value) > most:
+        numbers = {"count": len(value), "most": most}
+        raise PydanticCustomError("too_many", "{count} entries are more than {most}", numbers)
+    return value
+
+
 Name = Annotated[str, AfterValidator(_encodable)]
+Entries = Annotated[dict[Name, Name], BeforeValidator(_few)]
 # For readers of the API page alone: `requests` refuses what is longer, in the words that both faces have.
 NAME_LENGTH: JsonDict = {"minLength": 1, "maxLength": LONGEST_NAME}
 FEW_ENTRIES: JsonDict = {"maxProperties": MAX_ENTRIES}
@@ -43,6 +54,8 @@ FEW_ENTRIES: JsonDict = {"maxProperties": MAX_ENTRIES}
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    _few_fields = model_validator(mode="before")(_few)
 
 
 class ItemBody(_Message):
@@ -56,9 +69,9 @@ class ItemBody(_Message):
     """What the model wrote, without special tokens."""
     answer: str = ""
     """The reference that the checker compares with."""
-    metadata: dict[Name, Name] = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
+    metadata: Entries = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
     """For logs and for the caller; checkers never see it."""
-    options: dict[Name, Name] = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
+    options: Entries = Field(default_factory=dict, json_schema_extra=FEW_ENTRIES)
     """Settings of the checker for this item."""
 
 
@@ -67,7 +80,9 @@ class ScoreBody(_Message):
 
     model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_REQUEST]})
 
-    items: list[ItemBody] = Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ITEMS})
+    items: Annotated[list[ItemBody], FailFast(), BeforeValidator(_few)] = Field(
+        json_schema_extra={"minItems": 1, "maxItems": MAX_ITEMS}
+    )
 
 
 class UnscorableBody(_Message):
@@ -140,10 +155,10 @@ class SlimeBody(BaseModel):
 class OpenRlhfBody(BaseModel):
     """What OpenRLHF's `--remote_rm_url` sends for a batch; other fields are ignored."""
 
-    query: list[str]
+    query: Annotated[list[str], FailFast(), BeforeValidator(_few)]
     """Prompt and response."""
-    prompts: list[str]
-    labels: list[str | int | float]
+    prompts: Annotated[list[str], FailFast(), BeforeValidator(_few)]
+    labels: Annotated[list[str | int | float], FailFast(), BeforeValidator(_few)]
 
 
 def result_json(item_id: str, scored: Scored) -> dict[str, Any]:

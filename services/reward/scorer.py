@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from retort.telemetry import log_event
-from services.reward.admission import Admission
+from services.reward.admission import Admission, FullError
 from services.reward.cache import VerdictCache, content_key
 from services.reward.checkers import Checker, Reward, Unscorable, Verdict, is_encodable
 from services.reward.checkers.composite import Composite, Part
-from services.reward.isolation.pool import WorkerPool
+from services.reward.isolation.pool import Turns, WorkerPool
+from services.reward.isolation.worker import Question
 from services.reward.metrics import BATCH_SECONDS, CACHED, SECONDS, VERDICTS, WORKER_SECONDS
-from services.reward.scoring import Item, Scored, check_run
+from services.reward.scoring import Item, Scored, check_run, sound
 from services.reward.shadow import Shadow
 
 TIME_LIMIT = "time_limit_s"
@@ -52,30 +53,43 @@ class Scorer:
         started = time.perf_counter()
         quick, slow = self._split(items)
         characters = sum([len(item.completion) + len(item.answer) for item in items])
-        with self._admission.admit(len(items), characters):
-            tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
-            try:
-                if quick:
-                    together = [items[index] for index in quick] if slow else items
-                    yield quick, await self._score_together(together, characters)
-                for task in asyncio.as_completed(tasks) if tasks else ():
-                    index, result = await task
-                    self._record([items[index]], [result])
-                    yield [index], [result]
-            finally:
-                for unfinished in tasks:
-                    unfinished.cancel()
-        seconds = time.perf_counter() - started
-        BATCH_SECONDS.observe(seconds)
-        log_event("scored", items=len(items), in_workers=len(slow), seconds=seconds)
+        outcome = "failed"
+        try:
+            with self._admission.admit(len(items), characters):
+                turns = Turns()
+                tasks = [asyncio.create_task(self._indexed(index, items[index], turns)) for index in slow]
+                try:
+                    if quick:
+                        together = [items[index] for index in quick] if slow else items
+                        yield quick, await self._score_together(together, characters)
+                    for task in asyncio.as_completed(tasks) if tasks else ():
+                        index, result = await task
+                        self._record([items[index]], [result])
+                        yield [index], [result]
+                finally:
+                    for unfinished in tasks:
+                        unfinished.cancel()
+            outcome = "scored"
+        except FullError:
+            outcome = "refused"
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            # The caller left, or its deadline passed, which looks the same from here.
+            outcome = "cancelled"
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            if outcome == "scored":
+                BATCH_SECONDS.observe(seconds)
+            log_event("batch", outcome=outcome, items=len(items), in_workers=len(slow), seconds=seconds)
 
-    async def score_with(self, item: Item, name: str) -> Scored:
+    async def score_with(self, item: Item, name: str, turns: Turns | None = None) -> Scored:
         """The verdict of another checker than the item's own."""
         other = Item(item.id, name, item.completion, item.answer, item.options)
         checker = self.checkers.get(name)
         if checker is None or (checker.quick and not isinstance(checker, Composite)):
             return (await asyncio.to_thread(self._score_quick, [other]))[0]
-        return await self._score_slow(other)
+        return await self._score_slow(other, turns or Turns())
 
     def _split(self, items: Sequence[Item]) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of the items that a thread scores, and of those that need more."""
@@ -106,21 +120,21 @@ class Scorer:
                 scored += check_run(checker, list(run))
         return scored
 
-    async def _indexed(self, index: int, item: Item) -> tuple[int, Scored]:
-        return index, await self._score_slow(item)
+    async def _indexed(self, index: int, item: Item, turns: Turns) -> tuple[int, Scored]:
+        return index, await self._score_slow(item, turns)
 
-    async def _score_slow(self, item: Item) -> Scored:
+    async def _score_slow(self, item: Item, turns: Turns) -> Scored:
         checker = self.checkers[item.checker]
         before = time.perf_counter()
         if isinstance(checker, Composite):
-            verdict = await self._check_parts(checker, item)
+            verdict = await self._check_parts(checker, item, turns)
         else:
-            verdict = await self._check_in_worker(checker, item)
+            verdict = await self._check_in_worker(checker, item, turns)
         seconds = time.perf_counter() - before
         WORKER_SECONDS.labels(checker.name).observe(seconds)
         return Scored(verdict, checker.label, seconds)
 
-    async def _check_in_worker(self, checker: Checker, item: Item) -> Verdict:
+    async def _check_in_worker(self, checker: Checker, item: Item, turns: Turns) -> Verdict:
         for name, text in (("completion", item.completion), ("answer", item.answer)):
             if not is_encodable(text):
                 return Unscorable(reason=f"{name} has a lone surrogate, which cannot be sent to a worker process")
@@ -136,21 +150,22 @@ class Scorer:
         if key and (known := self._cache.find(key)):
             CACHED.labels(checker.name).inc()
             return known
-        verdict = await self._pool.check(checker, item.completion, item.answer, options, seconds)
+        question = Question(item.completion, item.answer, options, seconds)
+        verdict = await self._pool.check(checker, question, turns)
         if key:
             self._cache.put(key, verdict)
         return verdict
 
-    async def _check_parts(self, composite: Composite, item: Item) -> Verdict:
+    async def _check_parts(self, composite: Composite, item: Item, turns: Turns) -> Verdict:
         parts = composite.parts(item.answer, item.options)
         if isinstance(parts, Unscorable):
             return parts
-        scored = await asyncio.gather(*(self._score_part(item, part) for part in parts))
-        return composite.combine(parts, [one.verdict for one in scored])
+        scored = await asyncio.gather(*(self._score_part(item, part, turns) for part in parts))
+        return sound(composite, composite.combine(parts, [one.verdict for one in scored]))
 
-    async def _score_part(self, item: Item, part: Part) -> Scored:
+    async def _score_part(self, item: Item, part: Part, turns: Turns) -> Scored:
         whole = Item(item.id, part.checker, item.completion, part.answer, part.options)
-        return await self.score_with(whole, part.checker)
+        return await self.score_with(whole, part.checker, turns)
 
     def _record(self, items: Sequence[Item], scored: Sequence[Scored]) -> None:
         different = {id(one): one for one in scored}

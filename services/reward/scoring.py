@@ -45,8 +45,9 @@ def check_unseen(checker: Checker, completion: str, answer: str, options: Mappin
         return Unscorable(reason=f"{checker.name} has no option {', '.join(unknown)[:200]}; known: {known}")
     try:
         return checker.check(completion, answer, options)
-    # The one border to code that others wrote: whatever it raises must cost this item only, not its batch.
-    except Exception as error:  # noqa: BLE001  # foreign code
+    # The one border to code that others wrote: whatever it raises must cost this item only, not its batch. Also
+    # SystemExit and the like, which would end the service; its own signals and cancellations never arrive as such here.
+    except BaseException as error:  # noqa: BLE001  # foreign code
         return Unscorable(reason=f"{checker.name} raised {_describe(error)}")
 
 
@@ -66,10 +67,13 @@ def sound(checker: Checker, returned: object) -> Verdict:
     if problem := defect(returned):
         return Unscorable(reason=f"{checker.name} returned {problem}")
     assert isinstance(returned, Reward | Unscorable)
+    if type(returned) is Reward and type(returned.value) is int:
+        # An integer of more than 64 bits could not be sent as one.
+        return msgspec.structs.replace(returned, value=float(returned.value))
     return returned
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     # Not str(error), which is foreign code too. Escaped, because a lone surrogate in it could not be sent.
     text = "".join(traceback.format_exception_only(error)).strip()
     return text[:MAX_ERROR_CHARACTERS].encode(errors="backslashreplace").decode()

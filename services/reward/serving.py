@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retort.config import ConfigError
 from retort.telemetry import log_event
@@ -19,6 +21,12 @@ from services.reward.server import bind, make_server, report_health
 
 DRAIN_S = 10.0
 KEEP_ALIVE_S = 30
+HEAD_S = 10.0
+"""Longest time for the head of a request over HTTP to arrive."""
+MAX_CONNECTIONS = 4096
+"""Over HTTP."""
+BACKLOG = 64
+"""Connections that are accepted in one go, which asyncio does without a look at how many there are."""
 
 
 async def serve(
@@ -35,6 +43,8 @@ async def serve(
     Port 0 lets the system choose, no HTTP port means no HTTP; the event "ready" in the log names the addresses.
     Raises ConfigError if an address cannot be bound.
     """
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     async with open_scorer(checkers, shadows) as scorer:
         server, health = make_server(scorer, security)
         addresses = {"address": bind(server, host, grpc_port, security)}
@@ -47,19 +57,18 @@ async def serve(
 
             log_event("draining", at_most_s=DRAIN_S)
             # Before the ports close: a load balancer that watches must hear it from us, not from failing calls.
-            drain_http()
             await health.enter_graceful_shutdown()
-            await server.stop(grace=DRAIN_S)
+            await asyncio.gather(server.stop(grace=DRAIN_S), drain_http())
     log_event("stopped")
 
 
 @contextlib.asynccontextmanager
 async def _http(
     scorer: Scorer, host: str, port: int | None, security: Security, addresses: dict[str, str]
-) -> AsyncIterator["_Drain"]:
-    """Serves HTTP within the context, and adds its address; yields what turns it not ready."""
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Serves HTTP within the context, and adds its address; yields what drains it."""
     if port is None:
-        yield _Drain()
+        yield _nothing
         return
     app = make_app(scorer, security)
     listening = _listen(host, port)
@@ -67,27 +76,59 @@ async def _http(
     addresses["http"] = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
     server = uvicorn.Server(_http_config(app, security))
     serving = asyncio.create_task(_serve(server, listening))
-    try:
-        yield _Drain(app.state.service)
-    finally:
+
+    async def drain() -> None:
+        app.state.service.ready = False
         server.should_exit = True
         await serving
 
+    try:
+        yield drain
+    finally:
+        await drain()
 
-class _Drain:
-    """Called once, when the service begins to drain."""
 
-    def __init__(self, service: object = None) -> None:
-        self._service = service
-
-    def __call__(self) -> None:
-        if self._service is not None:
-            self._service.ready = False  # type: ignore[attr-defined]
+async def _nothing() -> None:
+    pass
 
 
 async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
     # Not server.serve(): that takes the signals, which are for both faces together.
     await server._serve([listening])
+
+
+class _Connection(H11Protocol):
+    """A connection that has HEAD_S for the head of each request, and ends at once if there are too many."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency:
+            transport.abort()
+        self._time_the_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_the_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._late is not None:
+            self._late.cancel()
+
+    def _time_the_head(self) -> None:
+        in_a_request = self.cycle is not None and not self.cycle.response_complete
+        if in_a_request and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif not in_a_request and self._late is None:
+            self._late = self.loop.call_later(HEAD_S, self.transport.close)
+
+
+def _most_connections() -> int:
+    """At most half of the files that this process can open: the others are for gRPC and for workers."""
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def _http_config(app: object, security: Security) -> uvicorn.Config:
@@ -99,6 +140,9 @@ def _http_config(app: object, security: Security) -> uvicorn.Config:
             files |= {"ssl_ca_certs": str(tls.client_authority_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=_Connection,
+        limit_concurrency=_most_connections(),
+        backlog=BACKLOG,
         log_level="warning",
         lifespan="off",
         timeout_graceful_shutdown=int(DRAIN_S),

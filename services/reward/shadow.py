@@ -36,21 +36,28 @@ class Shadow:
         """Score what was offered, for ever."""
         while True:
             item, verdict = await self._waiting.get()
-            name = self._pairs[item.checker]
-            second = await score(item, name)
-            agree = _reward(verdict) == _reward(second.verdict)
-            SHADOWED.labels(item.checker, name, "agree" if agree else "disagree").inc()
-            if not agree:
-                log_event(
-                    "shadow_disagrees",
-                    id=item.id,
-                    checker=item.checker,
-                    reward=_reward(verdict),
-                    shadow=second.checker,
-                    shadow_reward=_reward(second.verdict),
-                    answer=item.answer[:80],
-                    end_of_completion=item.completion[-80:],
-                )
+            try:
+                await self._compare(item, verdict, score)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the next item may do
+                SHADOWED.labels(item.checker, self._pairs[item.checker], "failed").inc()
+                log_event("shadow_failed", id=item.id, checker=item.checker, error=f"{type(error).__name__}: {error}")
+
+    async def _compare(self, item: Item, verdict: Verdict, score: Score) -> None:
+        name = self._pairs[item.checker]
+        second = await score(item, name)
+        agree = _reward(verdict) == _reward(second.verdict)
+        SHADOWED.labels(item.checker, name, "agree" if agree else "disagree").inc()
+        if not agree:
+            log_event(
+                "shadow_disagrees",
+                id=item.id,
+                checker=item.checker,
+                reward=_reward(verdict),
+                shadow=second.checker,
+                shadow_reward=_reward(second.verdict),
+                answer=item.answer[:80],
+                end_of_completion=item.completion[-80:],
+            )
 
 
 def _reward(verdict: Verdict) -> float | None:

@@ -1,6 +1,7 @@
 """Items and clients that mean harm: nothing is lost, and the next request is served."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -81,7 +82,7 @@ def test_a_hostile_program_has_reward_0_and_costs_nobody_else_anything(client: R
         ("import socket; socket.socket()", "PermissionError"),
         ("open('/etc/passwd')", "PermissionError"),
         ("import os; os.fork()", "PermissionError"),
-        ("raise SystemExit", "ended its worker process twice"),
+        ("raise SystemExit(3)", "does raised SystemExit: 3"),
         ("import os\nfor n in range(3, 64): os.write(n, b'x' * 100)", ""),
         ("raise ValueError('\\ud800')", "ValueError: \\ud800"),
     ],
@@ -91,6 +92,22 @@ def test_a_checker_with_a_hole_costs_its_item_only(client: RewardClient, source:
     assert good.reward == 1.0
     assert bad.reward is None
     assert reason in bad.unscorable
+
+
+def test_a_checker_that_cannot_be_prepared_costs_no_other_anything(service: Service) -> None:
+    async def run() -> list[Result]:
+        async with AsyncRewardClient(service.address) as client:
+            hanging = [asyncio.create_task(client.score([Item("hangs_in_prepare", "", "")] * 20)) for _ in range(3)]
+            others = [Item("cannot_prepare", "pass", ""), Item("does", "pass", ""), Item("regex", "6", "6")]
+            results = await client.score(others)
+            # More items that hang than there are places, and yet the others came first.
+            assert [one.done() for one in hanging] == [False] * 3
+            for one in hanging:
+                one.cancel()
+            return results
+
+    assert [result.reward for result in asyncio.run(run())] == [1.0, 1.0, 1.0]
+    assert "ValueError: not today" in service.read_log()
 
 
 @pytest.mark.parametrize("answer", ["NaN", "inf", "-inf", "1e999", "\x00", "", "9" * 5000])
@@ -105,12 +122,23 @@ def test_a_hostile_answer_gets_a_verdict(client: RewardClient, checker: str, ans
 @pytest.mark.parametrize("completion", ["a" * 10**6, "(" * 10**5, "[" * 10**5, "\\frac{" * 10**4, "1" * 10**6])
 def test_a_large_or_deep_completion_gets_a_verdict(client: RewardClient, checker: str, completion: str) -> None:
     answer = {"regex": "(a+)+$", "json_schema": "{}"}.get(checker, "B" if "m" in checker and checker[1] == "c" else "5")
-    options = LIMIT if checker in ("math", "json_schema") else {}
+    options = LIMIT if checker in ("math", "json_schema", "regex") else {}
     started = time.monotonic()
     good, bad = client.score([GOOD, Item(checker, completion, answer, options, id="bad")])
     assert good.reward == 1.0
     assert (bad.reward is None) == bool(bad.unscorable)
     assert time.monotonic() - started < 20
+
+
+def test_patterns_that_take_long_in_linear_time_are_stopped(client: RewardClient) -> None:
+    # Too many states for RE2's automaton, which then looks at a thousand of them for each character.
+    pattern = "|".join(f"{first}[ab]{{{count}}}c" for count in range(981, 991) for first in "ab")
+    text = "".join(random.Random(0).choices("ab", k=100_000))
+    slow = [Item("regex", text + "x" * n, pattern, LIMIT, id=str(n)) for n in range(8)]
+    quick = Item("numeric", "It is 3", "3", id="quick")
+    results = client.score([*slow, quick])
+    assert [result.reward for result in results] == [None] * 8 + [1.0]
+    assert all("took more than 1 s" in result.unscorable for result in results[:8])
 
 
 def test_a_tower_of_powers_does_not_outlive_its_time(client: RewardClient) -> None:
@@ -133,6 +161,22 @@ def test_good_items_do_not_wait_for_hostile_ones(service: Service) -> None:
     assert len(results) == 132
     first_bad = next(index for index, result in enumerate(results) if result.id.startswith("bad"))
     assert sum(result.id.startswith("good") for result in results[:first_bad]) == 100
+
+
+def test_a_flood_of_endless_items_of_one_caller_delays_no_other(service: Service) -> None:
+    async def run() -> list[float | None]:
+        async with AsyncRewardClient(service.address) as flood, AsyncRewardClient(service.address) as other:
+            flooding = asyncio.create_task(
+                flood.score([Item("does", "while True: pass", "", {"time_limit_s": "40"})] * 120)
+            )
+            # Both lanes are full by now: 32 places, and four for each core.
+            await asyncio.wait([flooding], timeout=3)
+            # No endless item has ended by then, so none of them has made room.
+            results = await asyncio.wait_for(other.score([Item("does", "pass", "")] * 3), timeout=35)
+            flooding.cancel()
+            return [result.reward for result in results]
+
+    assert asyncio.run(run()) == [1.0] * 3
 
 
 def test_a_killed_worker_and_a_killed_nursery_cost_no_verdict(service: Service) -> None:
@@ -229,6 +273,25 @@ def test_a_thousand_connections_at_a_time(service: Service) -> None:
     lines = asyncio.run(run())
     assert set(lines) <= {b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 429 Too Many Requests\r\n"}
     assert lines.count(b"HTTP/1.1 200 OK\r\n") > 900
+
+
+def test_heads_that_never_end_shut_out_nobody_for_long() -> None:
+    with reward_service("--http-port", "0", files=256) as small, contextlib.ExitStack() as opened:
+        host, port = small.http.removeprefix("http://").split(":")
+        for _ in range(300):
+            connection = opened.enter_context(socket.create_connection((host, int(port))))
+            with contextlib.suppress(ConnectionError):  # beyond half of its files it hangs up
+                connection.sendall(b"POST /v1/score HTTP/1.1\r\nHo")
+        with RewardClient(small.address, timeout_s=60) as client:
+            assert client.score([GOOD])[0].reward == 1.0
+        give_up = time.monotonic() + 60
+        while time.monotonic() < give_up:
+            with contextlib.suppress(httpx.TransportError):
+                assert httpx.get(f"{small.http}/healthz").text == "ok\n"
+                break
+            time.sleep(0.5)
+        assert time.monotonic() < give_up
+        assert "Traceback" not in small.read_log()
 
 
 def test_a_thousand_grpc_connections_at_a_time(service: Service) -> None:

@@ -3,11 +3,16 @@
 import asyncio
 import json
 import signal
+import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
+from retort.proto.reward.v1 import reward_pb2, reward_pb2_grpc
 from tests.reward_service import Service, install_user_checkers, reward_service
 
 pytestmark = pytest.mark.timeout(120)
@@ -86,7 +91,16 @@ def test_a_malformed_request_is_refused_by_field(http: httpx.Client, items: list
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [(b"{", 400), (b"[" * 100_000, 400), (b"\xff\xfe", 400), (b"", 422), (b"1", 422), (b"x" * (17 << 20), 413)],
+    [
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b"\xff\xfe", 400),
+        (b"", 422),
+        (b"1", 422),
+        (b'{"items":[' + b"{}," * 1_000_000 + b"{}]}", 422),
+        (b"x" * (17 << 20), 413),
+    ],
+    ids=["half", "deep", "no UTF-8", "empty", "a number", "many items", "too large"],
 )
 def test_a_body_that_is_no_request_is_refused(http: httpx.Client, body: bytes, status: int) -> None:
     answer = http.post("/v1/score", content=body, headers={"Content-Type": "application/json"})
@@ -181,6 +195,56 @@ def test_a_client_that_leaves_stops_its_item(service: Service, http: httpx.Clien
         if "reward_items_in_flight 0.0" in (text := http.get("/metrics").text):
             break
     assert "reward_items_in_flight 0.0" in text
+
+
+def test_bodies_that_stall_do_not_fill_the_memory(service: Service, http: httpx.Client) -> None:
+    host, port = service.http.removeprefix("http://").split(":")
+    head = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 16000000\r\n\r\n"
+    stalled = []
+    try:
+        for _ in range(24):
+            stalled.append(connection := socket.create_connection((host, int(port))))
+            connection.sendall(head + b"x" * 15_900_000)
+        large = http.post("/v1/score", json={"items": [item(completion="x" * 15_000_000)]})
+        assert (large.status_code, large.headers["retry-after"]) == (429, "1")
+        assert http.post("/v1/score", json={"items": [item()]}).status_code == 200
+    finally:
+        for connection in stalled:
+            connection.close()
+    memory = Path(f"/proc/{service.process.pid}/status").read_text()
+    peak_kib = int(memory.partition("VmHWM:")[2].split()[0])
+    assert peak_kib < 600 << 10
+    for _ in range(100):
+        if http.post("/v1/score", json={"items": [item(completion="x" * 15_000_000)]}).status_code == 200:
+            return
+    raise AssertionError("the bodies of connections that closed are still counted")
+
+
+def test_a_drain_has_one_deadline_for_both_faces_and_says_what_it_cut_off(tmp_path: Path) -> None:
+    endless = item(checker="does", completion="while True: pass", options={"time_limit_s": "60"})
+
+    async def run(service: Service) -> tuple[httpx.Response, grpc.StatusCode, float]:
+        async with (
+            httpx.AsyncClient(base_url=service.http, timeout=60) as http,
+            grpc.aio.insecure_channel(service.address) as channel,
+        ):
+            over_http = asyncio.create_task(http.post("/v1/score", json={"items": [endless]}))
+            request = reward_pb2.ScoreRequest(items=[reward_pb2.Item(**endless)])  # type: ignore[arg-type]
+            over_grpc = reward_pb2_grpc.RewardServiceStub(channel).Score(request, timeout=60)
+            while "reward_items_in_flight 2.0" not in (await http.get("/metrics")).text:
+                await asyncio.wait([over_http, asyncio.ensure_future(over_grpc.code())], timeout=0.1)
+            service.process.send_signal(signal.SIGTERM)
+            started = time.monotonic()
+            answers = await over_http, await over_grpc.code()
+            await asyncio.to_thread(service.process.wait, 60)
+            return *answers, time.monotonic() - started
+
+    with reward_service("--http-port", "0", python_path=install_user_checkers(tmp_path)) as service:
+        cut_off, code, seconds = asyncio.run(run(service))
+        assert (cut_off.status_code, cut_off.json()["field"]) == (503, "")
+        assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert 9 < seconds < 18
+        assert "Traceback" not in service.read_log()
 
 
 def test_a_service_that_drains_is_not_ready_and_finishes_what_it_has() -> None:

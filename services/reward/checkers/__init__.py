@@ -41,8 +41,8 @@ def defect(verdict: object) -> str:
     """What is wrong with what a checker returned; empty if it is a verdict that can be sent."""
     texts: tuple[tuple[str, object], ...]
     if type(verdict) is Reward:
-        if type(verdict.value) not in (float, int) or not isfinite(verdict.value):
-            return f"a reward of {verdict.value!r}, which is not a finite number"
+        if not _is_finite(verdict.value):
+            return "a reward that is not a finite number"
         if type(verdict.correct) is not bool or type(verdict.format_ok) is not bool:
             return "a reward whose correct and format_ok are not both true or false"
         texts = ("parsed", verdict.parsed), ("rule", verdict.rule), ("explanation", verdict.explanation)
@@ -56,6 +56,16 @@ def defect(verdict: object) -> str:
         if not (text.isascii() or is_encodable(text)):
             return f"{name} with a lone surrogate, which cannot be sent"
     return ""
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a double holds."""
+    if type(value) not in (float, int):
+        return False
+    try:
+        return isfinite(value)  # type: ignore[arg-type]  # one of the two above
+    except OverflowError:
+        return False
 
 
 def is_encodable(text: str) -> bool:
@@ -109,7 +119,8 @@ class Checker(ABC):
     """The options that `check` may be given: name and meaning. Any other makes the item unscorable."""
     examples: ClassVar[Sequence[Example]] = ()
     quick: ClassVar[bool] = False
-    """Whether its time is linear in its input, whatever that is. Then it runs in a thread of the service."""
+    """Whether its time is linear in its input, whatever that is, and short: nothing stops it. Then it runs in a
+    thread of the service."""
     immediate: ClassVar[bool] = False
     """Whether it is quick and only finds and compares texts, and waits for nothing. Then a small batch is scored in
     the event loop: its way to a thread and back would take longer than its verdicts."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import re2
 
-from services.reward.checkers import Checker, Example, Reward, Unscorable, Verdict, quoted
+from services.reward.checkers import Checker, Example, Limits, Reward, Unscorable, Verdict, quoted
 
 LONGEST_PATTERN = 2000
 PATTERN_MEMORY_BYTES = 1 << 20
@@ -13,10 +13,14 @@ MODES = ("search", "fullmatch")
 
 
 class Regex(Checker):
-    """Reward 1 if the completion matches the answer, else 0. RE2 takes linear time for every pattern."""
+    """Reward 1 if the completion matches the answer, else 0.
+
+    RE2 takes linear time for every pattern, but with some, a character costs a hundred times what it costs with
+    others: ten seconds for 100,000 characters. Hence a worker process, which can be stopped.
+    """
 
     name: ClassVar[str] = "regex"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     description: ClassVar[str] = "Matches the completion with the answer as a pattern, in linear time (RE2)."
     accepts: ClassVar[str] = (
         f"a pattern in RE2's syntax (no look-around, no back-references), {LONGEST_PATTERN} characters"
@@ -29,8 +33,8 @@ class Regex(Checker):
         Example("It melts at 801 °C", r"\b801\b", 1.0),
         Example("801 °C", r"\d+", 0.0, {"mode": "fullmatch"}),
     )
-    quick: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
+    limits: ClassVar[Limits] = Limits(seconds=2.0)
 
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
         mode, ignore_case = options.get("mode", "search"), options.get("ignore_case", "false")

@@ -1,10 +1,10 @@
 """The process from which workers are forked: `python -m services.reward.isolation.nursery`, started by `pool`.
 
 Its standard input is a socket. A message on it is the name of a checker and carries the worker's end of a new
-socket; the reply is the worker's process id and carries its pidfd.
+socket; the reply is the worker's process id and carries its pidfd. A message that carries nothing asks to prepare
+the checker; the reply to that is 0.
 """
 
-import contextlib
 import os
 import signal
 import socket
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def raise_workers(checkers: Mapping[str, Checker], control: socket.socket) -> None:
-    """Fork a worker for every message, until the service is gone."""
+    """Do what the messages ask, until the service is gone."""
     prepared: set[str] = set()
     while True:
         name, handles, _, _ = socket.recv_fds(control, LONGEST_NAME_BYTES, 1)
@@ -40,11 +40,22 @@ def raise_workers(checkers: Mapping[str, Checker], control: socket.socket) -> No
             return
         checker = checkers[name.decode()]
         if checker.name not in prepared:
-            # What is not installed is told by the worker, as the verdict of each item.
-            with contextlib.suppress(ImportError):
-                checker.prepare()
+            _prepare(checker)
             prepared.add(checker.name)
-        _fork(checker, control, handles[0])
+        if handles:
+            _fork(checker, control, handles[0])
+        else:
+            control.send(b"0")
+
+
+def _prepare(checker: Checker) -> None:
+    try:
+        checker.prepare()
+    except ImportError:
+        pass  # What is not installed is told by the worker, as the verdict of each item.
+    except BaseException:  # noqa: BLE001  # foreign code
+        # The log says it, and whether `check` can do without is seen in its verdicts.
+        sys.excepthook(*sys.exc_info())
 
 
 def _fork(checker: Checker, control: socket.socket, channel: int) -> None:

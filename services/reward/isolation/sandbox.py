@@ -9,6 +9,7 @@ import errno
 import os
 import platform
 import resource
+import socket
 import struct
 import sysconfig
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ _SECCOMP_MODE_FILTER = 2
 _DENIED = {
     # network; io_uring would open sockets without the call
     "socket": (41, 198),
+    "connect": (42, 203),
+    "bind": (49, 200),
     "io_uring_setup": (425, 425),
     # other processes
     "fork": (57, -1),
@@ -92,7 +95,12 @@ _CLONE3 = (435, 435)
 _TGKILL = (234, 131)
 _PRLIMIT = (302, 261)
 _PRCTL = (157, 167)
+_FCNTL = (72, 25)
+_IOCTL = (16, 29)
+_SOCKETPAIR = (53, 199)
 _CLONE_THREAD = 0x00010000
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
+_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902
 
 _LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -231,6 +239,15 @@ def _filter(machine: str, pid: int) -> Iterator[bytes]:
     yield _jump(_JSET, _CLONE_THREAD, 0, 1)
     yield allow
     yield refuse
+    # A file can have an owner, whom the kernel signals for it: SIGKILL to any process of the same user.
+    yield from _refuse_second(_FCNTL[column], (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX))
+    yield from _refuse_second(_IOCTL[column], (_FIOSETOWN, _SIOCSPGRP))
+    # Of a pair of sockets, those for datagrams could send to any other socket of this machine.
+    yield _jump(_JEQ, _SOCKETPAIR[column], 0, 4)
+    yield _argument(1)
+    yield _jump(_JSET, socket.SOCK_DGRAM, 0, 1)
+    yield refuse
+    yield allow
     # abort() signals its own process; limits may be read and set for itself; its tie to its parent stays.
     for call, value, equal_is_fine in ((_TGKILL, pid, True), (_PRLIMIT, 0, True), (_PRCTL, _PR_SET_PDEATHSIG, False)):
         yield _jump(_JEQ, call[column], 0, 4)
@@ -239,6 +256,16 @@ def _filter(machine: str, pid: int) -> Iterator[bytes]:
         yield allow if equal_is_fine else refuse
         yield refuse if equal_is_fine else allow
     yield allow
+
+
+def _refuse_second(call: int, values: tuple[int, ...]) -> Iterator[bytes]:
+    """Refuse the system call if its second argument is one of the values."""
+    yield _jump(_JEQ, call, 0, 3 + len(values))
+    yield _argument(1)
+    for index, value in enumerate(values):
+        yield _jump(_JEQ, value, len(values) - index, 0)
+    yield _statement(_RET, _ALLOW)
+    yield _statement(_RET, _ERRNO | errno.EPERM)
 
 
 def _statement(code: int, value: int) -> bytes:

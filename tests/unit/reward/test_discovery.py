@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from retort.config import ConfigError
+from services.reward.checkers import Example
+from services.reward.checkers.mcq import MultipleChoice
 from services.reward.discovery import GROUP, load_checkers
 
 ROOT = Path(__file__).parents[3]
@@ -36,6 +38,36 @@ def test_a_built_in_checker_that_is_declared_as_well_is_the_same_one() -> None:
 def test_what_cannot_serve_is_refused_by_name(name: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_checkers([EntryPoint(name, value, GROUP)])
+
+
+@pytest.mark.parametrize("line", ["raise ValueError('broken')", "import sys; sys.exit(0)", "def"])
+def test_a_module_that_cannot_be_imported_is_named(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cannot_be_imported.py").write_text(line)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"checker 'mine' \(cannot_be_imported:Mine\) does not load: \w+: "):
+        load_checkers([EntryPoint("mine", "cannot_be_imported:Mine", GROUP)])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("version", 1),
+        ("accepts", None),
+        ("options", ["mode"]),
+        ("options", {"mode": 1}),
+        ("limits", None),
+        ("examples", ["B"]),
+        ("examples", None),
+        ("examples", [Example("B", "B", "1")]),  # type: ignore[arg-type]
+        ("examples", [Example("B", 1, 1.0)]),  # type: ignore[arg-type]
+    ],
+)
+def test_a_checker_that_would_fail_when_it_is_asked_is_refused(
+    attribute: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MultipleChoice, attribute, value)
+    with pytest.raises(ConfigError, match=rf"checker 'mcq' .* needs .*{attribute}"):
+        load_checkers([])
 
 
 def test_the_service_imports_neither_torch_nor_vllm() -> None:

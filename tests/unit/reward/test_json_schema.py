@@ -15,13 +15,21 @@ SCHEMA = '{"type": "object", "properties": {"z": {"type": "integer"}}, "required
         ("{}", 0.0, True),
         ("z = 2", 0.0, False),
         ('{"z": NaN}', 0.0, False),
-        ("[" * 100_000, 0.0, False),
     ],
 )
 def test_the_completion_has_to_fit_the_schema(completion: str, value: float, format_ok: bool) -> None:
     verdict = JsonSchema().check(completion, SCHEMA, {})
     assert isinstance(verdict, Reward)
     assert (verdict.value, verdict.format_ok) == (value, format_ok)
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 5000, r'"\ud800"', "1e999", "[" * 100_000 + "]" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000]
+)
+def test_json_that_python_cannot_hold_is_unscorable_and_never_0(value: str) -> None:
+    verdict = JsonSchema().check(value, '{"type": ["number", "string", "array", "object"]}', {})
+    assert isinstance(verdict, Unscorable)
+    assert "cannot be read" in verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def run_in_a_clean_process(source: str) -> str:
         ("import os, resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))", "PermissionError"),
         ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "ValueError"),
         ("import socket; socket.socket()", "PermissionError"),
+        ("import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", "PermissionError"),
+        ("import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())", "PermissionError"),
         ("open('/etc/passwd').read()", "PermissionError"),
         ("open('/proc/self/environ').read()", "PermissionError"),
         ("open('new', 'w')", "PermissionError"),

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from services.reward.admission import Admission
+from services.reward import scorer
+from services.reward.admission import Admission, FullError
 from services.reward.checkers import Checker, Reward, Unscorable, Verdict
 from services.reward.discovery import load_checkers
 from services.reward.isolation.pool import WorkerPool
@@ -46,6 +47,55 @@ def test_a_text_that_no_worker_could_read_is_unscorable() -> None:
     assert long.verdict.reason == "completion has 2097152 characters; math takes 1048576"
     assert isinstance(broken.verdict, Unscorable)
     assert broken.verdict.reason.startswith("completion has a lone surrogate")
+
+
+class Huge(Checker):
+    name, version, description, quick = "huge", "1", "", True
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        return Reward(value=1e308, correct=True, parsed="", format_ok=True, rule="", explanation="")
+
+
+class Hangs(Huge):
+    name = "hangs"
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        self.go.wait(30)
+        return super().check(completion, answer, options)
+
+
+def test_every_batch_has_its_line_whatever_became_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[tuple[object, object]] = []
+    monkeypatch.setattr(scorer, "log_event", lambda _, outcome, items, **__: outcomes.append((outcome, items)))
+
+    async def run() -> None:
+        hangs = Hangs()
+        service = Scorer({"hangs": hangs, "huge": Huge()}, WorkerPool(), Admission(max_items=2))
+        await service.score([Item("1", "huge", "", "")])
+        leaves = asyncio.create_task(service.score([Item("1", "hangs", "", ""), Item("2", "hangs", "", "")]))
+        await asyncio.sleep(0)
+        with pytest.raises(FullError):
+            await service.score([Item("1", "huge", "", "")])
+        leaves.cancel()
+        await asyncio.wait([leaves])
+        hangs.go.set()
+
+    asyncio.run(run())
+    assert outcomes == [("scored", 1), ("refused", 1), ("cancelled", 2)]
+
+
+def test_a_composite_that_is_not_finite_is_unscorable() -> None:
+    parts = json.dumps([{"checker": "huge", "answer": "", "weight": 1000}])
+
+    async def run() -> list[Scored]:
+        checkers = {**load_checkers([]), "huge": Huge()}
+        return await Scorer(checkers, WorkerPool(), Admission()).score([Item("1", "composite", "", parts)])
+
+    (scored,) = asyncio.run(run())
+    assert scored.verdict == Unscorable(reason="composite returned a reward that is not a finite number")
 
 
 class Where(Checker):

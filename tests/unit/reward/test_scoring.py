@@ -1,5 +1,6 @@
 """Whatever a checker does, its item gets a verdict."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -61,7 +62,21 @@ def test_an_exception_that_cannot_be_sent_or_is_too_long_is_described_all_the_sa
     assert len(unscorable_reason(lambda _: raise_("x" * 10**6))) <= MAX_ERROR_CHARACTERS + len("custom raised ")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+def test_what_would_end_the_service_costs_its_item_only(error: type[BaseException]) -> None:
+    def raise_(_: str) -> None:
+        raise error
+
+    assert unscorable_reason(raise_).startswith("custom raised ")
+
+
+def test_an_integer_as_a_reward_is_sent_as_a_number() -> None:
+    verdict = verdict_of(lambda _: a_reward(value=2**70))
+    assert isinstance(verdict, Reward)
+    assert (verdict.value, type(verdict.value)) == (2.0**70, float)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 10**400, "1", None, True])
 def test_a_reward_that_is_not_a_finite_number_is_unscorable(value: float) -> None:
     assert "not a finite number" in unscorable_reason(lambda _: a_reward(value=value))
 

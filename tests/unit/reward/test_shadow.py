@@ -49,6 +49,29 @@ def test_agreement_is_counted_and_a_missing_reward_agrees_with_a_missing_one_onl
     assert (counted("agree") - before[0], counted("disagree") - before[1]) == (2, 2)
 
 
+def test_a_shadow_that_fails_is_counted_and_the_next_item_is_scored() -> None:
+    async def run() -> None:
+        shadow = Shadow({"old": "new"})
+        last = asyncio.Event()
+
+        async def score(item: Item, name: str) -> Scored:
+            if item.id == "bad":
+                raise RuntimeError("no processes left")
+            last.set()
+            return Scored(reward(1.0), "new@1", 0.0)
+
+        for item_id in ("bad", "good"):
+            shadow.offer(Item(item_id, "old", "", ""), reward(1.0))
+        following = asyncio.create_task(shadow.run(score))
+        await asyncio.wait_for(last.wait(), 10)
+        await asyncio.sleep(0)
+        following.cancel()
+
+    before = counted("failed"), counted("agree")
+    asyncio.run(run())
+    assert (counted("failed") - before[0], counted("agree") - before[1]) == (1, 1)
+
+
 def test_what_does_not_fit_is_skipped_and_counted() -> None:
     before = counted("skipped")
     shadow = Shadow({"old": "new"})
