@@ -41,7 +41,8 @@ def main(args: argparse.Namespace) -> int:
     except RewardServiceError as error:
         print(f"retort score: {error}. {args.output} keeps what is done; call again to go on.", file=sys.stderr)
         return 4
-    results = [json.loads(line) for line in args.output.read_text(encoding="utf-8").splitlines()]
+    with args.output.open(encoding="utf-8") as lines:
+        results = [json.loads(line) for line in lines]
     rewards = [result["reward"] for result in results if "reward" in result]
     mean = f", mean reward {sum(rewards) / len(rewards):.4f}" if rewards else ""
     print(f"{len(results)} results, {len(results) - len(rewards)} unscorable{mean}: {args.output}")
@@ -91,12 +92,15 @@ def _finished(output: Path) -> set[str]:
 
 def _read_items(source: Path, checker: str) -> list[Item]:
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON may hold U+2028 and its like as they are, and they end no line of a file.
+        lines = source.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: {error}.") from None
     items: list[Item] = []
     first: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
             item = Item(

@@ -141,6 +141,23 @@ def test_an_unscorable_line_is_written_and_ends_with_1(
     assert capsys.readouterr().out == f"1 results, 1 unscorable: {tmp_path / 'out'}\n"
 
 
+def test_only_a_line_feed_ends_a_line_and_blank_lines_are_none(service: Service, tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\u0085d", "e"]
+    items = [
+        json.dumps({"checker": "exact_match", "completion": text, "answer": text}, ensure_ascii=False) for text in texts
+    ]
+    (tmp_path / "in").write_text(f"{items[0]}\n\n{items[1]}\r\n{items[2]}\n \n", encoding="utf-8")
+    # Called again it finds every result that it wrote.
+    for _ in range(2):
+        assert main(["score", str(tmp_path / "in"), str(tmp_path / "out"), "--address", service.address]) == 0
+    results = [json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert sorted((result["id"], result["parsed"]) for result in results) == [
+        ("1", "a\u2028b"),
+        ("3", "c\u0085d"),
+        ("4", "e"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
