@@ -50,6 +50,51 @@ def test_a_text_that_cannot_be_sent_is_refused_before_the_call(client: RewardCli
         client.score([Item("mcq", "\ud800", "B")])
 
 
+def test_what_is_no_text_is_refused_by_the_name_of_its_item(client: RewardClient) -> None:
+    with pytest.raises(TypeError, match="item b: checker, completion, answer and id are texts"):
+        client.score([Item("mcq", "B", "B"), Item("mcq", 5, "B", id="b")])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"item 0: .*options and metadata have texts"):
+        client.score([Item("numeric", "5", "5", {"relative": 0.1})])  # type: ignore[dict-item]
+
+
+def test_a_bad_item_of_a_stream_is_raised_behind_the_results_before_it(service: Service, client: RewardClient) -> None:
+    # The 65th is the first of the second message.
+    items = [*[Item("mcq", "B", "B")] * 64, Item("mcq", "\ud800", "B")]
+    ids: list[str] = []
+    with pytest.raises(ValueError, match="item 64 has a text with a lone surrogate"):
+        ids.extend(result.id for result in client.stream(items))
+    assert sorted(ids, key=int) == [str(n) for n in range(64)]
+
+    async def broken() -> AsyncIterator[Item]:
+        yield Item("mcq", "B", "B", id="whole")
+        raise LookupError("no more")
+
+    async def run(into: list[str]) -> None:
+        async with AsyncRewardClient(service.address) as connected:
+            async for result in connected.stream(broken()):
+                into.append(result.id)
+
+    with pytest.raises(LookupError, match="no more"):
+        asyncio.run(run(ids))
+    assert ids[64:] == ["whole"]
+
+
+def test_a_stream_to_nobody_ends_at_its_deadline_and_says_why(unused_port: int) -> None:
+    async def run() -> None:
+        async with AsyncRewardClient(f"127.0.0.1:{unused_port}", timeout_s=0.5) as client:
+            async for _ in client.stream([Item("mcq", "B", "B")]):
+                pass
+
+    why = f"127.0.0.1:{unused_port}: UNAVAILABLE: .*Connection refused"
+    with pytest.raises(RewardServiceError, match=why):
+        asyncio.run(run())
+    with (
+        RewardClient(f"127.0.0.1:{unused_port}", timeout_s=0.5) as client,
+        pytest.raises(RewardServiceError, match=why),
+    ):
+        list(client.stream([Item("mcq", "B", "B")]))
+
+
 def test_a_stream_takes_items_as_they_come_and_answers_each_by_its_id(service: Service) -> None:
     async def run() -> list[Result]:
         sent: asyncio.Queue[Item | None] = asyncio.Queue()
@@ -104,7 +149,7 @@ def test_a_client_gives_up_at_its_deadline_and_names_the_address(unused_port: in
     started = time.monotonic()
     with (
         RewardClient(f"127.0.0.1:{unused_port}", timeout_s=0.5) as client,
-        pytest.raises(RewardServiceError, match=f"127.0.0.1:{unused_port}"),
+        pytest.raises(RewardServiceError, match=f"{unused_port}: no results within 0.5 s .*Connection refused"),
     ):
         client.score([Item("mcq", "B", "B")])
     assert time.monotonic() - started < 5
@@ -158,20 +203,89 @@ def test_only_a_line_feed_ends_a_line_and_blank_lines_are_none(service: Service,
     ]
 
 
+def test_numbers_are_taken_as_they_are_written(service: Service, tmp_path: Path) -> None:
+    lines = [
+        '{"id": 7, "checker": null, "completion": 1.50, "answer": "1.50"}',
+        '{"checker": "numeric", "completion": "1.05", "answer": 1, "options": {"relative": 0.1}}',
+    ]
+    (tmp_path / "in").write_text("\n".join(lines))
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--checker", "exact_match", "--address", service.address]
+    assert main(["score", *arguments]) == 0
+    results = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert sorted((result["id"], result["checker"], result["reward"]) for result in results) == [
+        ("2", "numeric@1", 1.0),
+        ("7", "exact_match@1", 1.0),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", "line 1: JSONDecodeError"),
-        ('{"checker": "mcq"}', "line 1: KeyError: 'completion'"),
+        ("{", "line 1: Expecting property name"),
+        ("[" * 100_000, "line 1: maximum recursion depth exceeded"),
+        ("[]", "line 1: no JSON object"),
+        ('{"checker": "mcq"}', "line 1: has no completion"),
         ('{"completion": "", "answer": ""}', "line 1: names no checker"),
+        ('{"completion": "", "answer": null}', "line 1: answer is null; give a text or a number"),
+        ('{"completion": "", "answer": true}', "line 1: answer is true; give a text or a number"),
+        ('{"completion": ["a"], "answer": ""}', 'line 1: completion is ["a"]; give a text or a number'),
+        ('{"completion": "\\ud800", "answer": ""}', "line 1: completion has a lone surrogate"),
+        ('{"completion": "", "answer": "", "id": null}', "line 1: id is null"),
+        ('{"completion": "", "answer": "", "id": ""}', "line 1: id is empty"),
+        ('{"completion": "", "answer": "", "options": null}', "line 1: options is null; give an object of texts"),
+        ('{"completion": "", "answer": "", "metadata": {"a": []}}', "line 1: metadata.a is []"),
     ],
+    ids=range(13),
 )
 def test_a_line_that_is_no_item_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, problem: str
 ) -> None:
     (tmp_path / "in").write_text(line + "\n")
-    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    checker = [] if "names no checker" in problem else ["--checker", "mcq"]
+    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out"), *checker]) == 2
     assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").write_text("")
+    arguments = ["score", str(tmp_path / "in"), str(tmp_path / "out"), "--token-file", str(tmp_path / "token")]
+    assert main(arguments) == 2
+    assert f"--token-file {tmp_path / 'token'}: " in capsys.readouterr().err
+    (tmp_path / "token").write_text("\n")
+    assert main(arguments) == 2
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_a_file_for_nobody_ends_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retort.cli.score.CONNECT_S", 0.5)
+    (tmp_path / "in").write_text('{"checker": "mcq", "completion": "B", "answer": "B"}\n')
+    address = f"127.0.0.1:{unused_port}"
+    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out"), "--address", address]) == 4
+    assert f"reward service at {address}: UNAVAILABLE: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", ['{"id": "2", "rew', '{"id": "2", "rew\n'], ids=["without line feed", "with it"])
+def test_a_torn_last_line_is_scored_again(service: Service, tmp_path: Path, torn: str) -> None:
+    line = json.dumps({"checker": "mcq", "completion": "B", "answer": "B"})
+    (tmp_path / "in").write_text(f"{line}\n{line}\n")
+    (tmp_path / "out").write_text('{"id": "1", "reward": 1.0}\n' + torn)
+    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out"), "--address", service.address]) == 0
+    results = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [(result["id"], result["reward"]) for result in results] == [("1", 1.0), ("2", 1.0)]
+
+
+@pytest.mark.parametrize("text", ["notes", "notes\n", '{"id": "1"\n{"id": "2"}\n', '{"id": "1"}\n\n'], ids=range(4))
+def test_a_file_that_holds_something_else_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "in").write_text("")
+    (tmp_path / "out").write_text(text)
+    assert main(["score", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "not a file of results" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == text
 
 
 def test_a_new_checker_passes_its_own_test_and_serves(tmp_path: Path) -> None:
