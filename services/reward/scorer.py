@@ -47,11 +47,15 @@ class Scorer:
                 scored[index] = result
         return [result for result in scored if result is not None]
 
+    async def room_for(self, items: Sequence[Item]) -> None:
+        """Wait until the service takes these items; it does, if nothing else is awaited in between."""
+        await self._admission.room(len(items), _characters(items))
+
     async def score_as_ready(self, items: Sequence[Item]) -> AsyncIterator[tuple[Sequence[int], Sequence[Scored]]]:
         """Verdicts as they come: indices of items, and a result for each. Raises FullError."""
         started = time.perf_counter()
         quick, slow = self._split(items)
-        characters = sum([len(item.completion) + len(item.answer) for item in items])
+        characters = _characters(items)
         with self._admission.admit(len(items), characters):
             tasks = [asyncio.create_task(self._indexed(index, items[index])) for index in slow]
             try:
@@ -167,6 +171,10 @@ class Scorer:
             for item, one in zip(items, scored, strict=True):
                 if self._shadow.follows(item.checker):
                     self._shadow.offer(item, one.verdict)
+
+
+def _characters(items: Sequence[Item]) -> int:
+    return sum([len(item.completion) + len(item.answer) for item in items])
 
 
 @contextlib.asynccontextmanager
