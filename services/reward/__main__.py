@@ -14,6 +14,8 @@ from services.reward.discovery import GROUP, load_checkers
 from services.reward.security import Security, read_security
 from services.reward.serving import serve
 
+HIGHEST_PORT = 65535
+
 EPILOG = """\
 examples:
   retort serve reward --grpc-port 50051 --http-port 8081      on its own, for any client
@@ -76,6 +78,14 @@ async def _serve_until_signalled(
     await serve(checkers, host, grpc_port, http_port, security, shadows, stop)
 
 
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= HIGHEST_PORT:
+        # With more, gRPC would listen on the lowest 16 bits of it.
+        raise argparse.ArgumentTypeError(f"{port} is no port; give 0 (any free one) to {HIGHEST_PORT}")
+    return port
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="retort serve reward",
@@ -86,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="run file with a [reward] table")
     parser.add_argument("--host", help="address to listen on, instead of the run file's (default 127.0.0.1)")
     parser.add_argument(
-        "--grpc-port", "--port", dest="port", type=int, metavar="PORT",
+        "--grpc-port", "--port", dest="port", type=_port, metavar="PORT",
         help="gRPC port, instead of the run file's (default 0: any free one)",
     )  # fmt: skip
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="also serve HTTP/JSON there (0: any free one)")
+    parser.add_argument("--http-port", type=_port, metavar="PORT", help="also serve HTTP/JSON there (0: any free one)")
     parser.add_argument(
         "--token-file", default="", metavar="FILE", help="callers need one of its lines as bearer token"
     )
