@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from services.reward.discovery import GROUP, load_checkers
 from services.reward.security import Security, read_security
 from services.reward.serving import serve
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HIGHEST_PORT = 65535
 
 EPILOG = """\
@@ -32,6 +34,9 @@ or a port in use. The API is docs/reward-api.md.
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    for number in SIGNALS:
+        # Until the service takes them, because so far there is nothing to drain.
+        signal.signal(number, lambda *_: os._exit(0))
     start_logging("reward")
     try:
         config = load_config(arguments.config).reward if arguments.config else RewardConfig()
@@ -73,7 +78,7 @@ async def _serve_until_signalled(
     shadows: Mapping[str, str],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await serve(checkers, host, grpc_port, http_port, security, shadows, stop)
 

@@ -153,6 +153,8 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # Not the framework's own answer: that repeats the input, which may hold NaN and lone surrogates.
+        if "json" not in request.headers.get("content-type", "").lower():
+            return _problem(422, "the body was not read as JSON; send the header Content-Type: application/json")
         first = error.errors()[0]
         place = [part for part in first["loc"] if part != "body"]
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

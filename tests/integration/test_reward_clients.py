@@ -288,6 +288,18 @@ def test_a_file_that_holds_something_else_is_left_as_it_is(
     assert (tmp_path / "out").read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("mcq", "a checker that is installed"), ("json", "the name of a module"), ("import", "a word of Python")],
+)
+def test_a_new_checker_has_a_name_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, problem: str
+) -> None:
+    assert main(["checker", "new", name, "--directory", str(tmp_path / name)]) == 2
+    assert f"'{name}' is {problem}" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_a_new_checker_passes_its_own_test_and_serves(tmp_path: Path) -> None:
     folder = tmp_path / "contains"
     assert main(["checker", "new", "contains", "--directory", str(folder)]) == 0
@@ -338,35 +350,19 @@ def test_verifiers_gets_an_awaitable_reward(service: Service) -> None:
     assert asyncio.run(run()) == 1.0
 
 
-NODE = """
-const grpc = require('@grpc/grpc-js');
-const loader = require('@grpc/proto-loader');
-const [address, proto] = process.argv.slice(2);
-const definition = loader.loadSync(proto, {keepCase: true, defaults: true, oneofs: true});
-const { reward } = grpc.loadPackageDefinition(definition);
-const client = new reward.v1.RewardService(address, grpc.credentials.createInsecure());
-const items = [
-  {id: '1', checker: 'mcq', completion: '<answer>B</answer>', answer: 'B'},
-  {id: '2', checker: 'mqc', completion: '<answer>B</answer>', answer: 'B'},
-];
-client.Score({items}, (error, response) => {
-  if (error) throw error;
-  console.log(JSON.stringify(response.results.map(r => [r.id, r.outcome, r.reward && r.reward.value])));
-});
-"""
-
-
 def test_a_node_client_that_loads_the_proto_at_run_time(service: Service, tmp_path: Path) -> None:
     if not shutil.which("npm"):
         pytest.skip("npm is not installed")
-    (tmp_path / "client.js").write_text(NODE)
+    (program,) = re.findall(r"^```js\n(.*?)^```", (ROOT / "docs/reward-api.md").read_text(), re.MULTILINE | re.DOTALL)
+    proto = str(ROOT / "proto/reward/v1/reward.proto")
+    program = program.replace("127.0.0.1:50051", service.address).replace("proto/reward/v1/reward.proto", proto)
+    (tmp_path / "client.js").write_text(program)
     install = ["npm", "install", "--no-audit", "--no-fund", "@grpc/grpc-js@1", "@grpc/proto-loader@0"]
     installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     if installed.returncode:
         pytest.skip(f"npm install failed: {installed.stderr[-300:]}")
-    command = ["node", "client.js", service.address, str(ROOT / "proto/reward/v1/reward.proto")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert json.loads(done.stdout) == [["1", "reward", 1], ["2", "unscorable", None]], done.stderr
+    done = subprocess.run(["node", "client.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "1 1\n2 no checker 'mqc'; known: " + done.stdout.partition("known: ")[2], done.stderr
 
 
 def test_the_proto_is_backward_compatible_with_every_commit(tmp_path: Path) -> None:

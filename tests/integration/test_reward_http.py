@@ -50,6 +50,12 @@ def test_a_reward_lies_flat_and_an_unscorable_item_has_a_reason_and_no_reward(ht
     assert (wrong["id"], wrong["reward"], wrong["correct"]) == ("3", 0.0, False)
 
 
+def test_a_body_without_the_header_of_json_is_told_so(http: httpx.Client) -> None:
+    answer = http.post("/v1/score", content=json.dumps({"items": [item()]}))
+    assert answer.status_code == 422
+    assert answer.json()["error"].endswith("send the header Content-Type: application/json")
+
+
 def test_a_composite_runs_its_parts_where_they_belong(http: httpx.Client) -> None:
     parts = [
         {"checker": "mcq", "answer": "B", "weight": 3},
