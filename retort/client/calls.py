@@ -232,7 +232,11 @@ def _retry_hint(error: grpc.RpcError) -> float | None:
 
 
 def _describe(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
+    details = error.details()
+    if details == "Internal error from Core":
+        # What grpc.aio has in place of any status that came while it was writing.
+        details = "the connection was lost, or the service ended the stream, while items were being sent"
+    return f"{error.code().name}: {details}"
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:

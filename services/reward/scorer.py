@@ -121,7 +121,7 @@ class Scorer:
         else:
             verdict = await self._check_in_worker(checker, item)
         seconds = time.perf_counter() - before
-        WORKER_SECONDS.labels(checker.name).observe(seconds)
+        WORKER_SECONDS.labels(checker.label).observe(seconds)
         return Scored(verdict, checker.label, seconds)
 
     async def _check_in_worker(self, checker: Checker, item: Item) -> Verdict:
@@ -138,7 +138,7 @@ class Scorer:
             return Unscorable(reason=f"option {TIME_LIMIT} = {given!r}; give seconds, at most {LONGEST_S:g}")
         key = content_key(checker, item.completion, item.answer, options) if checker.deterministic else b""
         if key and (known := self._cache.find(key)):
-            CACHED.labels(checker.name).inc()
+            CACHED.labels(checker.label).inc()
             return known
         verdict = await self._pool.check(checker, item.completion, item.answer, options, seconds)
         if key:

@@ -1,6 +1,7 @@
 """The gRPC face of the reward service. Only this file of the service knows the protobuf types."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -147,6 +148,7 @@ class _Stream:
 
 def make_server(scorer: Scorer, security: Security) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """A server that listens nowhere so far, and the health that it reports."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     interceptors = [_TokenCheck(security)] if security.tokens else []
     server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
     servicer = RewardServicer(scorer)
@@ -166,6 +168,11 @@ def make_server(scorer: Scorer, security: Security) -> tuple[grpc.aio.Server, he
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return server, health_servicer
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the traceback that grpc logs for each result that a client has not waited for."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> str:

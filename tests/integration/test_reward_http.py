@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 from collections.abc import Iterator
 
@@ -114,7 +115,11 @@ def test_an_equal_item_for_a_worker_is_remembered(http: httpx.Client) -> None:
     first, second = (http.post("/v1/score", json=items).json()["results"][0] for _ in range(2))
     assert (first["reward"], second["reward"]) == (1.0, 1.0)
     metrics = http.get("/metrics").text
-    assert 'reward_verdicts_cached_total{checker="math"} 1.0' in metrics
+    label = re.search(r'reward_verdicts_total\{(checker="math@[^"]+")', metrics)
+    assert label is not None
+    # The same label wherever verdicts are counted or timed, so that the series join.
+    assert f"reward_verdicts_cached_total{{{label[1]}}} 1.0" in metrics
+    assert f"reward_worker_item_seconds_count{{{label[1]}}}" in metrics
     assert 'reward_items_waiting{checker="math"} 0.0' in metrics
 
 

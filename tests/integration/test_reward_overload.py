@@ -162,7 +162,7 @@ class Large(Waits):
         return Reward(value=1.0, correct=True, parsed="x" * 100_000, format_ok=True, rule="", explanation="")
 
 
-def test_a_client_that_goes_without_reading_leaves_nothing_behind() -> None:
+def test_a_client_that_goes_without_reading_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
     def streams() -> list[str]:
         names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
         return [name for name in names if name.startswith("_Stream")]
@@ -184,6 +184,7 @@ def test_a_client_that_goes_without_reading_leaves_nothing_behind() -> None:
                 await asyncio.sleep(0.01)
 
     asyncio.run(run())
+    assert not [record for record in caplog.records if "raised" in record.getMessage()]
 
 
 def test_a_full_service_says_the_same_over_http() -> None:
