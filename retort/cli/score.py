@@ -17,7 +17,9 @@ EPILOG = """\
 Each line of INPUT is {"id": "1", "checker": "mcq", "completion": "...", "answer": "B"}, with "options" and
 "metadata" if wanted; without "id" the number of the line is the id. Each line of OUTPUT is the item's id and
 its result. An interrupted call is resumed by calling again: lines of OUTPUT are kept and their items skipped.
-Exit code 1: at least one item is unscorable.
+Numbers are taken as they are written: 1.50 is the text 1.50. Blank lines are skipped.
+Exit code 1: at least one item is unscorable; 2: a line or a file is wrong; 4: the service cannot be reached, or
+ended the call.
 """
 
 
@@ -38,14 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    done = _finished(args.output)
-    items = [item for item in _read_items(args.input, args.checker) if item.id not in done]
-    token = _token(args.token_file) if args.token_file else ""
     try:
+        done = _finished(args.output)
+        items = [item for item in _read_items(args.input, args.checker) if item.id not in done]
+        token = _token(args.token_file) if args.token_file else ""
         asyncio.run(_score(items, len(done), args.output, args.address, token, args.ca_file))
     except RewardServiceError as error:
         print(f"retort score: {error}. {args.output} keeps what is done; call again to go on.", file=sys.stderr)
         return 4
+    except OSError as error:
+        raise ConfigError(f"{error.filename or args.output}: {error.strerror}.") from None
     with args.output.open(encoding="utf-8") as lines:
         results = [json.loads(line) for line in lines]
     rewards = [result["reward"] for result in results if "reward" in result]
@@ -55,12 +59,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _token(file: Path) -> str:
-    try:
-        return file.read_text().split()[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {file}: {error}.") from None
-    except IndexError:
-        raise ConfigError(f"--token-file {file}: is empty; its first word is the token.") from None
+    words = file.read_bytes().split()
+    if not words:
+        raise ConfigError(f"{file}: is empty; its first word is the token.")
+    return words[0].decode(errors="replace")
 
 
 async def _score(items: list[Item], done: int, output: Path, address: str, token: str, ca_file: str) -> None:
@@ -100,7 +102,7 @@ def _finished(output: Path) -> set[str]:
     for line in lines:
         try:
             ids.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if line is not lines[-1] or last or not line.startswith(RESULT):
                 raise ConfigError(f"{output}: not a file of results: {error}. Name another, or remove it.") from None
             break
@@ -115,7 +117,7 @@ def _read_items(source: Path, checker: str) -> list[Item]:
     try:
         # Not splitlines(): JSON may hold U+2028 and its like as they are, and they end no line of a file.
         lines = source.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: {error}.") from None
     items: list[Item] = []
     first: dict[str, int] = {}

@@ -87,8 +87,8 @@ class RewardClient:
             raise RewardServiceError(f"reward service at {self._address}: {_describe(error)}") from error
         finally:
             call.cancel()
-        for error in raised:
-            raise error
+        for failure in raised:
+            raise failure
 
     def close(self) -> None:
         self._channel.close()
@@ -154,8 +154,8 @@ class AsyncRewardClient:
             raise RewardServiceError(f"reward service at {self._address}: {_describe(error)}") from error
         finally:
             call.cancel()
-        for error in raised:
-            raise error
+        for failure in raised:
+            raise failure
 
     async def close(self) -> None:
         await self._channel.close()

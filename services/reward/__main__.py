@@ -84,11 +84,10 @@ async def _serve_until_signalled(
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= HIGHEST_PORT:
-        # With more, gRPC would listen on the lowest 16 bits of it.
-        raise argparse.ArgumentTypeError(f"{port} is no port; give 0 (any free one) to {HIGHEST_PORT}")
-    return port
+    # With more than HIGHEST_PORT, gRPC would listen on the lowest 16 bits of it.
+    if not text.isdecimal() or int(text) > HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no port; give 0 (any free one) to {HIGHEST_PORT}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:

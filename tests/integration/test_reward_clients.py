@@ -247,11 +247,31 @@ def test_a_line_that_is_no_item_is_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "output", "authority"),
+    [("none/in", "out", ""), ("in", "none/out", ""), ("in", "out", "none/ca.pem")],
+    ids=["input", "output", "ca-file"],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    output: str,
+    authority: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").write_text("")
+    assert main(["score", source, output, "--ca-file", authority]) == 2
+    (missing,) = [name for name in (source, output, authority) if name.startswith("none")]
+    assert capsys.readouterr().err == f"retort score: {missing}: No such file or directory.\n"
+
+
 def test_a_token_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").write_text("")
     arguments = ["score", str(tmp_path / "in"), str(tmp_path / "out"), "--token-file", str(tmp_path / "token")]
     assert main(arguments) == 2
-    assert f"--token-file {tmp_path / 'token'}: " in capsys.readouterr().err
+    assert f"{tmp_path / 'token'}: No such file or directory." in capsys.readouterr().err
     (tmp_path / "token").write_text("\n")
     assert main(arguments) == 2
     assert "is empty" in capsys.readouterr().err

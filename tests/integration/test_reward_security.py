@@ -163,7 +163,7 @@ def test_what_would_be_unsafe_ends_the_start_with_2(arguments: list[str], proble
 
 
 @pytest.mark.parametrize("option", ["--grpc-port", "--http-port"])
-@pytest.mark.parametrize("port", ["70000", "-1"])
+@pytest.mark.parametrize("port", ["70000", "-1", "http"])
 def test_a_port_that_is_none_is_refused(option: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([option, port])
