@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from services.reward.checkers import Checker, Reward, is_encodable
@@ -129,12 +129,20 @@ class ProblemBody(_Message):
     """Where in the request; empty if no field is to blame."""
 
 
+def _number_as_text(value: object) -> object:
+    # Not by a union: pydantic would make 1 of true, and name the field by its alternatives.
+    return str(value) if type(value) in (int, float) else value
+
+
+Label = Annotated[Name, BeforeValidator(_number_as_text, json_schema_input_type=str | int | float)]
+
+
 class SlimeBody(BaseModel):
     """What slime's `--rm-type remote_rm` sends for one sample; other fields are ignored."""
 
     prompt: Any = None
     response: Name
-    label: Name | int | float
+    label: Label
 
 
 class OpenRlhfBody(BaseModel):
@@ -143,7 +151,7 @@ class OpenRlhfBody(BaseModel):
     query: list[str]
     """Prompt and response."""
     prompts: list[str]
-    labels: list[str | int | float]
+    labels: list[Label]
 
 
 def result_json(item_id: str, scored: Scored) -> dict[str, Any]:

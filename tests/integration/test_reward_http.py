@@ -177,6 +177,15 @@ def test_the_bodies_of_slime_and_openrlhf_are_answered_as_they_expect(http: http
     }
 
 
+def test_a_label_is_a_text_or_a_number_and_nothing_else(http: httpx.Client) -> None:
+    assert http.post("/compat/slime/exact_match", json={"response": "7", "label": 7}).json() == 1.0
+    slime = http.post("/compat/slime/exact_match", json={"response": "1", "label": True})
+    assert (slime.status_code, slime.json()["field"]) == (422, "label")
+    openrlhf = {"query": ["1", "1"], "prompts": ["", ""], "labels": ["1", None]}
+    answer = http.post("/compat/openrlhf/exact_match", json=openrlhf)
+    assert (answer.status_code, answer.json()["field"]) == (422, "labels[1]")
+
+
 def test_these_bodies_never_get_0_for_an_unscorable_item(http: httpx.Client) -> None:
     answer = http.post("/compat/slime/mcq", json={"prompt": "?", "response": "B", "label": ""})
     assert (answer.status_code, answer.json()["error"].partition(":")[0]) == (422, "unscorable")
