@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import grpc
@@ -19,7 +19,7 @@ from services.reward.checkers import Checker, Reward, Verdict
 from services.reward.isolation.pool import WorkerPool
 from services.reward.scorer import Scorer
 from services.reward.security import Security
-from services.reward.server import bind, make_server
+from services.reward.server import MAX_STREAMED_REQUESTS, bind, make_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -158,7 +158,12 @@ def test_a_malformed_message_ends_a_stream_behind_the_results_in_flight(
 class Large(Waits):
     """Answers at once, with a text that soon fills what a connection holds."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[str] = []
+
     def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        self.answers.append(answer)
         return Reward(value=1.0, correct=True, parsed="x" * 100_000, format_ok=True, rule="", explanation="")
 
 
@@ -167,21 +172,24 @@ def test_a_client_that_goes_without_reading_leaves_nothing_behind(caplog: pytest
         names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
         return [name for name in names if name.startswith("_Stream")]
 
+    async def until(is_so: Callable[[], bool]) -> None:
+        give_up = asyncio.get_running_loop().time() + 30
+        while not is_so():
+            assert asyncio.get_running_loop().time() < give_up, streams()
+            await asyncio.sleep(0.05)
+
     async def run() -> None:
-        async with small_service(Large()) as (_, address), grpc.aio.insecure_channel(address) as channel:
-            call = channel.stream_stream("/reward.v1.RewardService/ScoreStream")(timeout=30)
-            for number in range(200):
+        checker = Large()
+        async with small_service(checker) as (_, address), grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream("/reward.v1.RewardService/ScoreStream")(timeout=50)
+            for number in range(3 * MAX_STREAMED_REQUESTS):
                 request = reward_pb2.ScoreStreamRequest(items=[{"id": str(number), "checker": "waits"}])
-                # What a full stream no longer reads is not taken either.
-                writing = asyncio.ensure_future(call.write(request.SerializeToString()))
-                if not (await asyncio.wait([writing], timeout=0.5))[0]:
-                    break
-            assert streams()
+                await call.write(request.SerializeToString())
+            # As many results as wait to be sent, one that is being sent, and one that finds no place.
+            await until(lambda: len(checker.answers) >= MAX_STREAMED_REQUESTS + 2)
+            await asyncio.sleep(0.2)
             call.cancel()
-            give_up = asyncio.get_running_loop().time() + 30
-            while streams():
-                assert asyncio.get_running_loop().time() < give_up, streams()
-                await asyncio.sleep(0.01)
+            await until(lambda: not streams())
 
     asyncio.run(run())
     assert not [record for record in caplog.records if "raised" in record.getMessage()]
