@@ -95,7 +95,7 @@ def reward_service(*arguments: str, python_path: str = "", files: int = 0) -> It
 
 
 def _wait_until_ready(process: subprocess.Popen[str], log: IO[str]) -> dict[str, str]:
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 100
     while time.monotonic() < give_up and process.poll() is None:
         log.seek(0)
         for line in log:

@@ -1,7 +1,11 @@
 """`retort checker new NAME`: a checker with its test, as a package that pip can install."""
 
 import argparse
+import importlib.util
+import keyword
 import re
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from string import Template
 
@@ -86,7 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    directory = args.directory or Path(checked_name(args.name))
+    name = checked_name(args.name)
+    if problem := _taken(name):
+        raise ConfigError(f"{name!r} is {problem}. Choose another name.")
+    directory = args.directory or Path(name)
     if directory.exists():
         raise ConfigError(f"{directory} is there already. Choose another name or --directory.")
     words = {"name": args.name, "type": as_type(args.name), "dashed": args.name.replace("_", "-")}
@@ -94,7 +101,10 @@ def main(args: argparse.Namespace) -> int:
     for file, text in (("pyproject.toml", PROJECT), (f"{args.name}.py", CHECKER), (f"test_{args.name}.py", TEST)):
         (directory / file).write_text(text.substitute(words), encoding="utf-8")
     print(f"{directory}: {args.name}.py, its test, and pyproject.toml. Next:")
-    print(f"  cd {directory} && python -m pytest && pip install --no-deps . && retort serve reward")
+    # This interpreter by its name: whichever `python` comes first on the PATH need not have the service.
+    python = sys.executable
+    print(f"  cd {directory} && {python} -m pip install pytest && {python} -m pytest")
+    print(f"  {python} -m pip install --no-deps . && {python} -m retort.cli serve reward")
     return 0
 
 
@@ -108,3 +118,14 @@ def checked_name(name: str) -> str:
 def as_type(name: str) -> str:
     """The class of a checker: my_checker is MyChecker."""
     return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _taken(name: str) -> str:
+    """What has the name already; empty if nothing has."""
+    if keyword.iskeyword(name):
+        return "a word of Python"
+    if name in entry_points(group="retort.checkers").names:
+        return "a checker that is installed"
+    module = importlib.util.find_spec(name)
+    # Without an origin it is no more than a directory of that name.
+    return f"the name of a module, {module.origin}, that it would hide" if module and module.origin else ""

@@ -1,6 +1,7 @@
 """The calls: repeated while the service is away or full, until a deadline."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ class RewardClient:
         ca_file: Path | str = "",
         client_files: tuple[Path | str, Path | str] | None = None,
     ) -> None:
-        """`timeout_s` bounds a call with all its repetitions. `ca_file` (PEM) turns TLS on; "system" uses the
-        authorities that gRPC ships with. `client_files`: certificate and key (PEM), for a service that asks for them.
+        """`timeout_s` bounds a call with all its repetitions, and the connecting of a stream. `ca_file` (PEM) turns
+        TLS on; "system" uses the authorities that gRPC ships with. `client_files`: certificate and key (PEM), for a
+        service that asks for them.
         """
         self._address, self._timeout_s, self._metadata = address, timeout_s, _metadata(token)
         credentials = _credentials(ca_file, client_files)
@@ -52,13 +54,13 @@ class RewardClient:
         self._service = reward_pb2_grpc.RewardServiceStub(self._channel)
 
     def score(self, items: Sequence[Item]) -> list[Result]:
-        """The results in the order of the items. Raises RewardServiceError, or ValueError for an unsendable text."""
+        """The results in the order of the items. Raises RewardServiceError; ValueError or TypeError for what is no
+        text that can be sent.
+        """
         request, attempts = to_request(items), _Attempts(self._address, self._timeout_s)
         while True:
             try:
-                response = self._service.Score(
-                    request, timeout=attempts.left_s(), wait_for_ready=True, metadata=self._metadata
-                )
+                response = self._service.Score(request, timeout=attempts.left_s(), metadata=self._metadata)
             except grpc.RpcError as error:
                 # The only wait of a synchronous client: for the moment that the service has named.
                 time.sleep(attempts.pause_after(error))
@@ -68,9 +70,16 @@ class RewardClient:
     def stream(self, items: Sequence[Item]) -> Iterator[Result]:
         """Results as they are ready, in any order; an item without an id has its position as its id.
 
-        Never repeated, since results may have been given out already. Raises RewardServiceError.
+        Never repeated, since results may have been given out already; only connecting is, until `timeout_s`. Raises
+        RewardServiceError; behind the results of the items before it, what making or writing an item raised.
         """
-        call = self._service.ScoreStream(_messages(items), wait_for_ready=True, metadata=self._metadata)
+        ready = grpc.channel_ready_future(self._channel)
+        with contextlib.suppress(grpc.FutureTimeoutError):
+            # A call on a channel that is not ready by then fails at once, and says why.
+            ready.result(self._timeout_s)
+        ready.cancel()
+        raised: list[Exception] = []
+        call = self._service.ScoreStream(_messages(items, raised), metadata=self._metadata)
         try:
             for response in call:
                 yield from from_results(response.results)
@@ -78,6 +87,8 @@ class RewardClient:
             raise RewardServiceError(f"reward service at {self._address}: {_describe(error)}") from error
         finally:
             call.cancel()
+        for failure in raised:
+            raise failure
 
     def close(self) -> None:
         self._channel.close()
@@ -112,13 +123,13 @@ class AsyncRewardClient:
         self._service = reward_pb2_grpc.RewardServiceStub(self._channel)
 
     async def score(self, items: Sequence[Item]) -> list[Result]:
-        """The results in the order of the items. Raises RewardServiceError, or ValueError for an unsendable text."""
+        """The results in the order of the items. Raises RewardServiceError; ValueError or TypeError for what is no
+        text that can be sent.
+        """
         request, attempts = to_request(items), _Attempts(self._address, self._timeout_s)
         while True:
             try:
-                response = await self._service.Score(
-                    request, timeout=attempts.left_s(), wait_for_ready=True, metadata=self._metadata
-                )
+                response = await self._service.Score(request, timeout=attempts.left_s(), metadata=self._metadata)
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.pause_after(error))
                 continue
@@ -127,9 +138,14 @@ class AsyncRewardClient:
     async def stream(self, items: AsyncIterable[Item] | Sequence[Item]) -> AsyncIterator[Result]:
         """Results as they are ready, in any order; an item without an id has its position as its id.
 
-        Never repeated, since results may have been given out already. Raises RewardServiceError.
+        Never repeated, since results may have been given out already; only connecting is, until `timeout_s`. Raises
+        RewardServiceError; behind the results of the items before it, what making or writing an item raised.
         """
-        call = self._service.ScoreStream(_in_batches(items), wait_for_ready=True, metadata=self._metadata)
+        with contextlib.suppress(TimeoutError):
+            # A call on a channel that is not ready by then fails at once, and says why.
+            await asyncio.wait_for(self._channel.channel_ready(), self._timeout_s)
+        raised: list[Exception] = []
+        call = self._service.ScoreStream(_in_batches(items, raised), metadata=self._metadata)
         try:
             async for response in call:
                 for result in from_results(response.results):
@@ -138,6 +154,8 @@ class AsyncRewardClient:
             raise RewardServiceError(f"reward service at {self._address}: {_describe(error)}") from error
         finally:
             call.cancel()
+        for failure in raised:
+            raise failure
 
     async def close(self) -> None:
         await self._channel.close()
@@ -178,21 +196,32 @@ class _Attempts:
         return pause_s
 
 
-def _messages(items: Sequence[Item]) -> Iterator[object]:
-    for first in range(0, len(items), STREAM_BATCH):
-        yield to_stream_request(items[first : first + STREAM_BATCH], first)
+@contextlib.contextmanager
+def _kept(raised: list[Exception]) -> Iterator[None]:
+    """Keeps an exception of the writing side of a stream for its reader, and lets the stream end."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # grpc would log it and tell the reader only that there was one
+        raised.append(error)
 
 
-async def _in_batches(items: AsyncIterable[Item] | Sequence[Item]) -> AsyncIterator[object]:
+def _messages(items: Sequence[Item], raised: list[Exception]) -> Iterator[object]:
+    with _kept(raised):
+        for first in range(0, len(items), STREAM_BATCH):
+            yield to_stream_request(items[first : first + STREAM_BATCH], first)
+
+
+async def _in_batches(items: AsyncIterable[Item] | Sequence[Item], raised: list[Exception]) -> AsyncIterator[object]:
     if isinstance(items, Sequence):
-        for message in _messages(items):
+        for message in _messages(items, raised):
             yield message
         return
-    position = 0
-    # One by one: whoever makes items one by one wants their results as soon as they can be had.
-    async for item in items:
-        yield to_stream_request([item], position)
-        position += 1
+    with _kept(raised):
+        position = 0
+        # One by one: whoever makes items one by one wants their results as soon as they can be had.
+        async for item in items:
+            yield to_stream_request([item], position)
+            position += 1
 
 
 def _retry_hint(error: grpc.RpcError) -> float | None:
@@ -203,7 +232,11 @@ def _retry_hint(error: grpc.RpcError) -> float | None:
 
 
 def _describe(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
+    details = error.details()
+    if details == "Internal error from Core":
+        # What grpc.aio has in place of any status that came while it was writing.
+        details = "the connection was lost, or the service ended the stream, while items were being sent"
+    return f"{error.code().name}: {details}"
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:

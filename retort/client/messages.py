@@ -58,7 +58,7 @@ class Result:
 
 
 def to_messages(items: Iterable[Item], first: int = 0) -> list[reward_pb2.Item]:
-    """Raises ValueError for a text that cannot be sent."""
+    """Raises ValueError for a text that cannot be sent, TypeError for what is no text."""
     messages = []
     for position, item in enumerate(items, start=first):
         item_id = item.id or str(position)
@@ -73,6 +73,11 @@ def to_messages(items: Iterable[Item], first: int = 0) -> list[reward_pb2.Item]:
             )
         except UnicodeEncodeError as error:
             raise ValueError(f"item {item_id} has a text with a lone surrogate, which cannot be sent") from error
+        except TypeError as error:
+            raise TypeError(
+                f"item {item_id}: checker, completion, answer and id are texts (str), options and metadata have texts "
+                f"as keys and values ({error})"
+            ) from error
         messages.append(message)
     return messages
 

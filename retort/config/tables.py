@@ -1,7 +1,7 @@
 """The tables of a run file, one per concern, every field documented where it stands."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+Port = Annotated[int, Field(ge=0, le=65535)]
 TrackerName = Literal["wandb", "tensorboard", "mlflow", "trackio", "otel"]
 
 
@@ -60,7 +61,7 @@ class RedisConfig(Config):
 class RewardConfig(Config):
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: NonNegativeInt = 0
+    port: Port = 0
     """gRPC port; 0 lets the system choose."""
     address: str = ""
     """Where rollout services find a reward service (`host:port`). Empty: the one that this run starts."""
@@ -73,7 +74,7 @@ class RolloutConfig(Config):
     """Rollout services that `retort run` starts."""
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: NonNegativeInt = 0
+    port: Port = 0
     """HTTP port of the first replica, the next ones count up; 0 lets the system choose."""
     concurrent_groups: PositiveInt = 64
     """Groups that one replica samples at the same time."""
@@ -126,7 +127,7 @@ class TrainerConfig(Config):
     score_idle_rows: bool = False
     """Take the old log-probs of completions with advantage 0 too. They teach nothing, but `actor/entropy` and
     `rollout_corr/*` then cover every token, as in published runs, at the cost of one forward pass."""
-    metrics_port: NonNegativeInt = 0
+    metrics_port: Port = 0
     """Port of the first rank's /metrics, at `weight_sync.host`; 0 is none."""
     deterministic: bool = False
     """Deterministic kernels, so that a resumed run repeats the undisturbed one bit by bit."""

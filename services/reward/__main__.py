@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from services.reward.checkers import Checker
 from services.reward.discovery import GROUP, load_checkers
 from services.reward.security import Security, read_security
 from services.reward.serving import serve
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HIGHEST_PORT = 65535
 
 EPILOG = """\
 examples:
@@ -31,6 +35,9 @@ or a port in use. The API is docs/reward-api.md.
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    for number in SIGNALS:
+        # Until the service takes them, because so far there is nothing to drain.
+        signal.signal(number, lambda *_: os._exit(0))
     start_logging("reward")
     refuse_unpickling()
     try:
@@ -73,9 +80,16 @@ async def _serve_until_signalled(
     shadows: Mapping[str, str],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await serve(checkers, host, grpc_port, http_port, security, shadows, stop)
+
+
+def _port(text: str) -> int:
+    # With more than HIGHEST_PORT, gRPC would listen on the lowest 16 bits of it.
+    if not text.isdecimal() or int(text) > HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no port; give 0 (any free one) to {HIGHEST_PORT}")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="run file with a [reward] table")
     parser.add_argument("--host", help="address to listen on, instead of the run file's (default 127.0.0.1)")
     parser.add_argument(
-        "--grpc-port", "--port", dest="port", type=int, metavar="PORT",
+        "--grpc-port", "--port", dest="port", type=_port, metavar="PORT",
         help="gRPC port, instead of the run file's (default 0: any free one)",
     )  # fmt: skip
-    parser.add_argument("--http-port", type=int, metavar="PORT", help="also serve HTTP/JSON there (0: any free one)")
+    parser.add_argument("--http-port", type=_port, metavar="PORT", help="also serve HTTP/JSON there (0: any free one)")
     parser.add_argument(
         "--token-file", default="", metavar="FILE", help="callers need one of its lines as bearer token"
     )

@@ -1,5 +1,6 @@
 """How much the service takes on at a time."""
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 
@@ -23,12 +24,18 @@ class Admission:
         self._max_items = max_items
         self._items = 0
         self._characters = 0
+        self._freed = asyncio.Event()
+
+    async def room(self, items: int, characters: int) -> None:
+        """Wait until `admit` takes as much; it does, if nothing else is awaited in between."""
+        while self._is_too_much(items, characters):
+            self._freed.clear()
+            await self._freed.wait()
 
     @contextlib.contextmanager
     def admit(self, items: int, characters: int) -> Iterator[None]:
         """Raises FullError. What comes into an idle service is never too much."""
-        too_much = self._items + items > self._max_items or self._characters + characters > MAX_CHARACTERS
-        if self._items and too_much:
+        if self._is_too_much(items, characters):
             REFUSED.inc()
             raise FullError(
                 f"{self._items} items are in flight and {items} more would be over {self._max_items}, or their texts "
@@ -43,3 +50,8 @@ class Admission:
             self._items -= items
             self._characters -= characters
             IN_FLIGHT.set(self._items)
+            self._freed.set()
+
+    def _is_too_much(self, items: int, characters: int) -> bool:
+        over = self._items + items > self._max_items or self._characters + characters > MAX_CHARACTERS
+        return self._items > 0 and over

@@ -97,7 +97,7 @@ def _add_compatible(app: FastAPI, scorer: Scorer) -> None:
     @app.post("/compat/slime/{checker}", responses=PROBLEMS)
     async def slime(body: SlimeBody, request: Request, checker: str = checker_name) -> float:
         """For `--rm-type remote_rm --rm-url …/compat/slime/mcq`: the reward as a number."""
-        item = Item("0", checker, body.response, str(body.label))
+        item = Item("0", checker, body.response, body.label)
         (scored,) = await _score_while_connected(scorer, [item], request)
         return _reward_or_refuse(scored, "response")
 
@@ -108,7 +108,7 @@ def _add_compatible(app: FastAPI, scorer: Scorer) -> None:
             lengths = f"{len(body.query)} queries, {len(body.prompts)} prompts, {len(body.labels)} labels"
             raise RefusedError(422, f"{lengths}; send as many of each", "query")
         items = [
-            Item(str(index), checker, query.removeprefix(prompt), str(label))
+            Item(str(index), checker, query.removeprefix(prompt), label)
             for index, (query, prompt, label) in enumerate(zip(body.query, body.prompts, body.labels, strict=True))
         ]
         if problem := malformed(items):
@@ -155,6 +155,8 @@ def _add_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # Not the framework's own answer: that repeats the input, which may hold NaN and lone surrogates.
+        if "json" not in request.headers.get("content-type", "").lower():
+            return _problem(422, "the body was not read as JSON; send the header Content-Type: application/json")
         first = error.errors()[0]
         place = [part for part in first["loc"] if part != "body"]
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")

@@ -144,12 +144,20 @@ class ProblemBody(_Message):
     """Where in the request; empty if no field is to blame."""
 
 
+def _number_as_text(value: object) -> object:
+    # Not by a union: pydantic would make 1 of true, and name the field by its alternatives.
+    return str(value) if type(value) in (int, float) else value
+
+
+Label = Annotated[Name, BeforeValidator(_number_as_text, json_schema_input_type=str | int | float)]
+
+
 class SlimeBody(BaseModel):
     """What slime's `--rm-type remote_rm` sends for one sample; other fields are ignored."""
 
     prompt: Any = None
     response: Name
-    label: Name | int | float
+    label: Label
 
 
 class OpenRlhfBody(BaseModel):
@@ -158,7 +166,7 @@ class OpenRlhfBody(BaseModel):
     query: Annotated[list[str], FailFast(), BeforeValidator(_few)]
     """Prompt and response."""
     prompts: Annotated[list[str], FailFast(), BeforeValidator(_few)]
-    labels: Annotated[list[str | int | float], FailFast(), BeforeValidator(_few)]
+    labels: Annotated[list[Label], FailFast(), BeforeValidator(_few)]
 
 
 def result_json(item_id: str, scored: Scored) -> dict[str, Any]:

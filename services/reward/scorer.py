@@ -48,11 +48,15 @@ class Scorer:
                 scored[index] = result
         return [result for result in scored if result is not None]
 
+    async def room_for(self, items: Sequence[Item]) -> None:
+        """Wait until the service takes these items; it does, if nothing else is awaited in between."""
+        await self._admission.room(len(items), _characters(items))
+
     async def score_as_ready(self, items: Sequence[Item]) -> AsyncIterator[tuple[Sequence[int], Sequence[Scored]]]:
         """Verdicts as they come: indices of items, and a result for each. Raises FullError."""
         started = time.perf_counter()
         quick, slow = self._split(items)
-        characters = sum([len(item.completion) + len(item.answer) for item in items])
+        characters = _characters(items)
         outcome = "failed"
         try:
             with self._admission.admit(len(items), characters):
@@ -131,7 +135,7 @@ class Scorer:
         else:
             verdict = await self._check_in_worker(checker, item, turns)
         seconds = time.perf_counter() - before
-        WORKER_SECONDS.labels(checker.name).observe(seconds)
+        WORKER_SECONDS.labels(checker.label).observe(seconds)
         return Scored(verdict, checker.label, seconds)
 
     async def _check_in_worker(self, checker: Checker, item: Item, turns: Turns) -> Verdict:
@@ -148,7 +152,7 @@ class Scorer:
             return Unscorable(reason=f"option {TIME_LIMIT} = {given!r}; give seconds, at most {LONGEST_S:g}")
         key = content_key(checker, item.completion, item.answer, options) if checker.deterministic else b""
         if key and (known := self._cache.find(key)):
-            CACHED.labels(checker.name).inc()
+            CACHED.labels(checker.label).inc()
             return known
         question = Question(item.completion, item.answer, options, seconds)
         verdict = await self._pool.check(checker, question, turns)
@@ -182,6 +186,10 @@ class Scorer:
             for item, one in zip(items, scored, strict=True):
                 if self._shadow.follows(item.checker):
                     self._shadow.offer(item, one.verdict)
+
+
+def _characters(items: Sequence[Item]) -> int:
+    return sum([len(item.completion) + len(item.answer) for item in items])
 
 
 @contextlib.asynccontextmanager

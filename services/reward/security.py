@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def read_security(
         raise ConfigError("TLS needs --tls-cert and --tls-key together; --tls-client-ca comes on top of them.")
     tls = None
     if tls_certificate:
+        _check_pair(tls_certificate, tls_key, tls_client_ca)
         tls = Tls(
             certificate=_read(tls_certificate),
             key=_read(tls_key),
@@ -85,6 +87,23 @@ def _read(file: str) -> bytes:
         return Path(file).read_bytes()
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}.") from None
+
+
+def _check_pair(certificate: str, key: str, client_authority: str) -> None:
+    """Raises ConfigError for files that are no such thing: gRPC would only say that it cannot listen."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--tls-cert {certificate}, --tls-key {key}: not a PEM certificate and its unencrypted key: {error}."
+        ) from None
+    try:
+        if client_authority:
+            context.load_verify_locations(client_authority)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tls-client-ca {client_authority}: no PEM certificate: {error}.") from None
 
 
 def _is_loopback(host: str) -> bool:

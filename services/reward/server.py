@@ -1,6 +1,7 @@
 """The gRPC face of the reward service. Only this file of the service knows the protobuf types."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -46,7 +47,9 @@ class RewardServicer:
         self._scorer = scorer
 
     async def score(self, request: reward_pb2.ScoreRequest | None, context: Context) -> bytes:
-        items = await _checked(request, context)
+        items, problem = _read(request)
+        if problem:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
         try:
             scored = await self._scorer.score(items)
         except FullError as error:
@@ -78,13 +81,16 @@ class RewardServicer:
     async def score_stream(
         self, requests: AsyncIterator[reward_pb2.ScoreStreamRequest | None], context: Context
     ) -> AsyncIterator[bytes]:
-        """Results as they come. Ends when the client has sent its last item and every result is out."""
+        """Results as they come. Ends when the client has sent its last item and every result is out, or something
+        that is malformed and every result of what came before.
+        """
         stream = _Stream(self._scorer)
-        reading = asyncio.create_task(stream.read(requests, context))
+        reading = asyncio.create_task(stream.read(requests))
         try:
             while (response := await stream.responses.get()) is not None:
                 yield response
-            await reading
+            if problem := await reading:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
         finally:
             reading.cancel()
 
@@ -99,30 +105,39 @@ class _Stream:
         self._ids: set[str] = set()
         self._room = asyncio.Condition()
 
-    async def read(self, requests: AsyncIterator[reward_pb2.ScoreStreamRequest | None], context: Context) -> None:
+    async def read(self, requests: AsyncIterator[reward_pb2.ScoreStreamRequest | None]) -> str:
+        """Read to the end, or to the first message that is malformed, whose problem is returned."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = asyncio.Semaphore(MAX_STREAMED_REQUESTS)
                 async for request in requests:
-                    items = await _checked(request, context)
-                    for item in items:
-                        if item.id in self._ids:
-                            problem = f"items.id: {item.id!r} is also the id of an item without a result so far"
-                            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+                    items, problem = _read(request)
+                    problem = problem or self._problem(items)
+                    if problem:
+                        return problem
                     await running.acquire()
                     async with self._room:
                         await self._room.wait_for(lambda: len(self._ids) < MAX_STREAM_ITEMS)
                     self._ids.update(item.id for item in items)
                     tasks.create_task(self._answer(items)).add_done_callback(lambda _: running.release())
-        except* FullError as errors:
-            first = errors.exceptions[0]
-            assert isinstance(first, FullError)
-            await _refuse(first, context)
+            return ""
+        except asyncio.CancelledError:
+            # The client has gone: nobody takes results from the queue, which may be full.
+            self.responses = asyncio.Queue()
+            raise
         finally:
             # Behind the last result; the reader's own error is raised where it is awaited.
             await self.responses.put(None)
 
+    def _problem(self, items: Sequence[Item]) -> str:
+        for index, item in enumerate(items):
+            if item.id in self._ids:
+                return f"items[{index}].id: {item.id!r} is also the id of an item without a result so far"
+        return ""
+
     async def _answer(self, items: Sequence[Item]) -> None:
+        # Where a single call is refused, a stream waits, and with it soon its reading.
+        await self._scorer.room_for(items)
         async for indices, scored in self._scorer.score_as_ready(items):
             ids = [items[index].id for index in indices]
             await self.responses.put(_written(ids, scored))
@@ -133,6 +148,7 @@ class _Stream:
 
 def make_server(scorer: Scorer, security: Security) -> tuple[grpc.aio.Server, health.aio.HealthServicer]:
     """A server that listens nowhere so far, and the health that it reports."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     interceptors = [_TokenCheck(security)] if security.tokens else []
     server = grpc.aio.server(options=OPTIONS, interceptors=interceptors)
     servicer = RewardServicer(scorer)
@@ -154,6 +170,11 @@ def make_server(scorer: Scorer, security: Security) -> tuple[grpc.aio.Server, he
     return server, health_servicer
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not the traceback that grpc logs for each result that a client has not waited for."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
+
+
 def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> str:
     """Listen; port 0 lets the system choose. Returns the address. Raises ConfigError if that cannot be."""
     name = f"[{host}]" if ":" in host else host
@@ -170,7 +191,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> s
     except RuntimeError as error:
         raise ConfigError(
             f"the reward service cannot listen on {name}:{port}: the port is in use or the address is not of "
-            f"this machine. Choose another [reward].port (0: any free one) or [reward].host. ({error})"
+            f"this machine. Choose another --grpc-port or [reward].port (0: any free one), or another host. ({error})"
         ) from None
     return f"{name}:{bound}"
 
@@ -216,11 +237,10 @@ def _decoder(message: type[Message]) -> Callable[[bytes], Message | None]:
     return decode
 
 
-async def _checked(request: Any, context: Context) -> Sequence[Item]:
-    """The items of a request that is well-formed; any other is refused."""
+def _read(request: Any) -> tuple[Sequence[Item], str]:
+    """The items of a request, and what is malformed in it, beginning with the field; empty if nothing is."""
     if request is None:
-        problem = "the request is no message of proto/reward/v1/reward.proto, or a text in it is not UTF-8"
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        return (), "the request is no message of proto/reward/v1/reward.proto, or a text in it is not UTF-8"
     items: list[Item] = []
     problem = ""
     for message in request.items:
@@ -232,10 +252,7 @@ async def _checked(request: Any, context: Context) -> Sequence[Item]:
             items.append(Item(message.id, checker, message.completion, message.answer, dict(options)))
         else:
             items.append(Item(message.id, checker, message.completion, message.answer))
-    problem = malformed(items) or problem
-    if problem:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
-    return items
+    return items, malformed(items) or problem
 
 
 async def _refuse(error: FullError, context: Context) -> NoReturn:

@@ -19,15 +19,17 @@ pytestmark = pytest.mark.timeout(120)
 DOCUMENTS = ("services/reward/README.md", "docs/reward-api.md")
 INSTALLATION = "python3.11 -m venv"
 """Beginning of the block that is run by tests/packages/test_install.py, because it downloads."""
+CERTIFICATE = "reward.pem"
+"""In the blocks that go together: the files that a secured service needs, and its callers."""
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, secured: bool = False) -> list[str]:
     texts = [(ROOT / document).read_text() for document in DOCUMENTS]
     return [
         block
         for text in texts
         for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        if not block.startswith(INSTALLATION)
+        if not block.startswith(INSTALLATION) and (CERTIFICATE in block) == secured
     ]
 
 
@@ -38,7 +40,7 @@ def service() -> Iterator[Service]:
 
 
 def here(text: str, service: Service) -> str:
-    http = service.http.removeprefix("http://")
+    http = service.http.partition("://")[2]
     text = text.replace("127.0.0.1:8081", http).replace("127.0.0.1:50051", service.address)
     # The documents' `retort` is this tree's, whatever the machine has on its PATH.
     return text.replace("reward-env/bin/retort", f"{shlex.quote(sys.executable)} -m retort.cli")
@@ -73,3 +75,19 @@ def test_a_program_of_the_documents_runs(block: str, service: Service) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "reward=1.0" in done.stdout
+
+
+def test_the_files_of_a_secured_service_are_made_and_used_as_the_documents_say(tmp_path: Path) -> None:
+    if not shutil.which("curl") or not shutil.which("openssl"):
+        pytest.skip("curl or openssl is not installed")
+    make, call = blocks("sh", secured=True)
+    (program,) = blocks("python", secured=True)
+    subprocess.run(["bash", "-e", "-c", make], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    cert, key, tokens = (str(tmp_path / name) for name in (CERTIFICATE, "reward.key", "tokens"))
+    with reward_service("--http-port", "0", "--tls-cert", cert, "--tls-key", key, "--token-file", tokens) as running:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        for command in (["bash", "-e", "-c", here(call, running)], [sys.executable, "-c", here(program, running)]):
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert "reward=1.0" in done.stdout or '"reward":1.0' in done.stdout, done.stderr

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import time
@@ -53,6 +54,12 @@ def test_a_reward_lies_flat_and_an_unscorable_item_has_a_reason_and_no_reward(ht
     assert unknown.keys() == {"id", "unscorable", "checker", "seconds"}
     assert unknown["unscorable"]["reason"].startswith("no checker 'mqc'; known: composite")
     assert (wrong["id"], wrong["reward"], wrong["correct"]) == ("3", 0.0, False)
+
+
+def test_a_body_without_the_header_of_json_is_told_so(http: httpx.Client) -> None:
+    answer = http.post("/v1/score", content=json.dumps({"items": [item()]}))
+    assert answer.status_code == 422
+    assert answer.json()["error"].endswith("send the header Content-Type: application/json")
 
 
 def test_a_composite_runs_its_parts_where_they_belong(http: httpx.Client) -> None:
@@ -122,7 +129,11 @@ def test_an_equal_item_for_a_worker_is_remembered(http: httpx.Client) -> None:
     first, second = (http.post("/v1/score", json=items).json()["results"][0] for _ in range(2))
     assert (first["reward"], second["reward"]) == (1.0, 1.0)
     metrics = http.get("/metrics").text
-    assert 'reward_verdicts_cached_total{checker="math"} 1.0' in metrics
+    label = re.search(r'reward_verdicts_total\{(checker="math@[^"]+")', metrics)
+    assert label is not None
+    # The same label wherever verdicts are counted or timed, so that the series join.
+    assert f"reward_verdicts_cached_total{{{label[1]}}} 1.0" in metrics
+    assert f"reward_worker_item_seconds_count{{{label[1]}}}" in metrics
     assert 'reward_items_waiting{checker="math"} 0.0' in metrics
 
 
@@ -178,6 +189,15 @@ def test_the_bodies_of_slime_and_openrlhf_are_answered_as_they_expect(http: http
         "scores": [1.0, 0.0],
         "extra_logs": {},
     }
+
+
+def test_a_label_is_a_text_or_a_number_and_nothing_else(http: httpx.Client) -> None:
+    assert http.post("/compat/slime/exact_match", json={"response": "7", "label": 7}).json() == 1.0
+    slime = http.post("/compat/slime/exact_match", json={"response": "1", "label": True})
+    assert (slime.status_code, slime.json()["field"]) == (422, "label")
+    openrlhf = {"query": ["1", "1"], "prompts": ["", ""], "labels": ["1", None]}
+    answer = http.post("/compat/openrlhf/exact_match", json=openrlhf)
+    assert (answer.status_code, answer.json()["field"]) == (422, "labels[1]")
 
 
 def test_these_bodies_never_get_0_for_an_unscorable_item(http: httpx.Client) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import grpc
@@ -19,7 +19,7 @@ from services.reward.checkers import Checker, Reward, Verdict
 from services.reward.isolation.pool import WorkerPool
 from services.reward.scorer import Scorer
 from services.reward.security import Security
-from services.reward.server import bind, make_server
+from services.reward.server import MAX_STREAMED_REQUESTS, bind, make_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -90,6 +90,109 @@ def test_and_the_client_comes_back() -> None:
             return [result.reward for result in [*await first, *await second]]
 
     assert asyncio.run(run()) == [1.0, 1.0, 1.0]
+
+
+def one_by_one(ids: str) -> AsyncIterator[Item]:
+    """Items of the checker `waits`, each in a message of its own."""
+
+    async def items() -> AsyncIterator[Item]:
+        for one in ids:
+            yield Item("waits", "", "", id=one)
+
+    return items()
+
+
+def test_a_stream_waits_for_room() -> None:
+    async def run() -> list[str]:
+        checker = Waits()
+        async with small_service(checker) as (_, address), AsyncRewardClient(address, timeout_s=30) as client:
+
+            async def read() -> list[str]:
+                return [result.id async for result in client.stream(one_by_one("abcdefg"))]
+
+            reading = asyncio.create_task(read())
+            await asyncio.to_thread(checker.entered.wait, 30)
+            # The third would be refused by now.
+            await asyncio.wait([reading], timeout=0.2)
+            checker.go.set()
+            return await reading
+
+    assert sorted(asyncio.run(run())) == list("abcdefg")
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        (b"\xff", "the request is no message of proto/reward/v1/reward.proto"),
+        (
+            reward_pb2.ScoreStreamRequest(items=[{"id": "b"}, {"id": "a"}]).SerializeToString(),
+            "items[1].id: 'a' is also the id of an item without a result so far",
+        ),
+    ],
+    ids=["no message", "an id in use"],
+)
+def test_a_malformed_message_ends_a_stream_behind_the_results_in_flight(
+    second: bytes, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> tuple[list[str], grpc.aio.AioRpcError]:
+        checker = Waits()
+        async with small_service(checker) as (_, address), grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream("/reward.v1.RewardService/ScoreStream")(timeout=30)
+            first = reward_pb2.ScoreStreamRequest(items=[{"id": "a", "checker": "waits"}])
+            await call.write(first.SerializeToString())
+            await asyncio.to_thread(checker.entered.wait, 30)
+            await call.write(second)
+            checker.go.set()
+            response = reward_pb2.ScoreStreamResponse.FromString(await call.read())
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await call.read()
+            return [result.id for result in response.results], ended.value
+
+    ids, error = asyncio.run(run())
+    assert ids == ["a"]
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith(problem)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+class Large(Waits):
+    """Answers at once, with a text that soon fills what a connection holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[str] = []
+
+    def check(self, completion: str, answer: str, options: Mapping[str, str]) -> Verdict:
+        self.answers.append(answer)
+        return Reward(value=1.0, correct=True, parsed="x" * 100_000, format_ok=True, rule="", explanation="")
+
+
+def test_a_client_that_goes_without_reading_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    def streams() -> list[str]:
+        names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+        return [name for name in names if name.startswith("_Stream")]
+
+    async def until(is_so: Callable[[], bool]) -> None:
+        give_up = asyncio.get_running_loop().time() + 30
+        while not is_so():
+            assert asyncio.get_running_loop().time() < give_up, streams()
+            await asyncio.sleep(0.05)
+
+    async def run() -> None:
+        checker = Large()
+        async with small_service(checker) as (_, address), grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream("/reward.v1.RewardService/ScoreStream")(timeout=50)
+            for number in range(3 * MAX_STREAMED_REQUESTS):
+                request = reward_pb2.ScoreStreamRequest(items=[{"id": str(number), "checker": "waits"}])
+                await call.write(request.SerializeToString())
+            # As many results as wait to be sent, one that is being sent, and one that finds no place.
+            await until(lambda: len(checker.answers) >= MAX_STREAMED_REQUESTS + 2)
+            await asyncio.sleep(0.2)
+            call.cancel()
+            await until(lambda: not streams())
+
+    asyncio.run(run())
+    assert not [record for record in caplog.records if "raised" in record.getMessage()]
 
 
 def test_a_full_service_says_the_same_over_http() -> None:

@@ -17,9 +17,11 @@ from cryptography.x509.oid import NameOID
 from starlette.routing import Route
 
 from retort.client import Item, RewardClient, RewardServiceError
+from retort.config import ConfigError
 from retort.proto.reward.v1 import reward_pb2
+from services.reward.__main__ import main
 from services.reward.app import make_app
-from services.reward.security import Security
+from services.reward.security import Security, read_security
 from tests.reward_service import ROOT, Service, reward_service
 
 pytestmark = pytest.mark.timeout(60)
@@ -75,7 +77,7 @@ def test_grpc_takes_the_token_over_tls_and_nothing_else(secured: Service, certif
         client.score([GOOD])
     with (
         RewardClient(secured.address, token=TOKEN, timeout_s=1) as client,
-        pytest.raises(RewardServiceError, match=r"DEADLINE_EXCEEDED|UNAVAILABLE"),
+        pytest.raises(RewardServiceError, match=r"no results within 1 s \(UNAVAILABLE"),
     ):
         client.score([GOOD])
 
@@ -148,6 +150,7 @@ def test_mutual_tls_takes_only_clients_with_a_certificate(certificate: tuple[Pat
         (["--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines and there is no TLS"),
         (["--tls-cert", "a.pem"], "TLS needs --tls-cert and --tls-key together"),
         (["--token-file", "none"], "none: No such file or directory."),
+        (["--tls-cert", "README.md", "--tls-key", "README.md"], "--tls-cert README.md, --tls-key README.md: not a PEM"),
         (["--shadow", "mcq=mqc"], "--shadow mcq=mqc: give two checkers as NAME=SHADOW"),
     ],
 )
@@ -156,6 +159,43 @@ def test_what_would_be_unsafe_ends_the_start_with_2(arguments: list[str], proble
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith(problem)
+
+
+@pytest.mark.parametrize("option", ["--grpc-port", "--http-port"])
+@pytest.mark.parametrize("port", ["70000", "-1", "http"])
+def test_a_port_that_is_none_is_refused(option: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([option, port])
+    assert ended.value.code == 2
+    assert f"{option}: {port} is no port" in capsys.readouterr().err.replace("/--port", "")
+
+
+def test_a_key_of_another_certificate_and_an_authority_that_is_none_are_named(
+    certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cert, key = map(str, certificate)
+    encoding, kind = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    for name, encryption in (
+        ("other", serialization.NoEncryption()),
+        ("locked", serialization.BestAvailableEncryption(b"a")),
+    ):
+        other = ec.generate_private_key(ec.SECP256R1()).private_bytes(encoding, kind, encryption)
+        (tmp_path / name).write_bytes(other)
+        with pytest.raises(ConfigError, match=f"--tls-key {tmp_path / name}: not a PEM certificate and its"):
+            read_tls(cert, str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"--tls-client-ca {key}: no PEM certificate"):
+        read_tls(cert, key, key)
+
+
+def read_tls(certificate: str, key: str, client_authority: str = "") -> Security:
+    return read_security(
+        token_file="",
+        tls_certificate=certificate,
+        tls_key=key,
+        tls_client_ca=client_authority,
+        hosts=["127.0.0.1"],
+        allow_plaintext=False,
+    )
 
 
 def test_plain_text_beyond_this_machine_can_be_allowed() -> None:

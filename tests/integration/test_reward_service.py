@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,3 +224,22 @@ def test_help_teaches_how_to_start_and_stop() -> None:
     done = start("--help")
     assert done.returncode == 0
     assert "retort serve reward --grpc-port 50051" in done.stdout
+
+
+def test_sigterm_before_the_service_is_up_ends_it_with_0(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "slow.py").write_text(f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(100)\n")
+    metadata = tmp_path / "slow-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[retort.checkers]\nslow = slow:Slow\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-m", "services.reward"], cwd=ROOT, env=environment) as process:
+        try:
+            give_up = time.monotonic() + 50
+            while time.monotonic() < give_up and not begun.exists():
+                time.sleep(0.02)
+            process.terminate()
+            assert process.wait(timeout=10) == 0
+        finally:
+            process.kill()

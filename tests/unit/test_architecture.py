@@ -28,7 +28,7 @@ COVERED_BY = {
     "retort/cli/interrupts.py": "tests/integration/test_launcher.py",
     "retort/cli/report/page.py": "tests/unit/cli/test_report.py",
     "retort/cli/checker.py": "tests/integration/test_reward_clients.py",
-    "retort/cli/score.py": "tests/integration/test_reward_clients.py",
+    "retort/cli/score.py": "tests/integration/test_reward_score.py",
     "retort/cli/version.py": "tests/unit/cli/test_main.py",
     "retort/client/calls.py": "tests/integration/test_reward_clients.py",
     "retort/client/messages.py": "tests/integration/test_reward_clients.py",

@@ -82,6 +82,10 @@ def test_the_run_id_prefixes_the_keys_and_run_dir_names_the_directory(run_file: 
             "--set trainer.steps=many: trainer.steps = 'many': "
             "Input should be a valid integer, unable to parse string as an integer.",
         ),
+        (
+            "reward.port=70000",
+            "--set reward.port=70000: reward.port = 70000: Input should be less than or equal to 65535.",
+        ),
         ("trainer.steps=0", "--set trainer.steps=0: trainer.steps = 0: Input should be greater than 0."),
         (
             "model.dtype=int8",
