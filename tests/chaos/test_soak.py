@@ -41,7 +41,7 @@ class Memory:
         while not self._over.wait(EVERY_S):
             try:
                 self._look()
-            except (OSError, ValueError, RedisError):
+            except (OSError, ValueError, LookupError, RedisError):
                 continue  # the run begins or ends at this moment
 
     def stop(self) -> None:
