@@ -187,7 +187,7 @@ def listen(host: str, port: int) -> socket.socket:
 def _tokenizer(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(model)
 
 
 def _decoder(tokenizer: "PreTrainedTokenizerBase") -> Decoder:

@@ -107,6 +107,7 @@ class Served:
         digests, _ = await asyncio.gather(receiving, asyncio.to_thread(broadcast, store, request, snapshot))
         assert digests == [snapshot.digests]
         await self.engine.load(self.version)
+        await self.engine.probe(PROMPT)
         await self.engine.resume()
 
     async def sample(
