@@ -72,13 +72,7 @@ def run(config: RunConfig) -> int:
         fence = Fence(config.directory / "epoch", config.timeouts.startup_s) if is_first else None
         # Before anything is read: a trainer that is still alive must not commit another checkpoint after that.
         queue = _take_over(config, fence) if fence else None
-        checkpoints = Checkpoints(
-            config.directory / "checkpoints",
-            config.checkpoint.keep_last,
-            fence,
-            keep_best=config.checkpoint.keep_best,
-            scores=lambda: validation_scores(config.directory, config.validation.samples),
-        )
+        checkpoints = _checkpoints(config, fence)
         if checkpoints.load(policy, teacher):
             log_event("resumed", version=policy.version)
 
@@ -122,6 +116,16 @@ def run(config: RunConfig) -> int:
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
+
+
+def _checkpoints(config: RunConfig, fence: Fence | None) -> Checkpoints:
+    return Checkpoints(
+        config.directory / "checkpoints",
+        config.checkpoint.keep_last,
+        fence,
+        keep_best=config.checkpoint.keep_best,
+        scores=lambda: validation_scores(config.directory, config.validation.samples),
+    )
 
 
 def _take_over(config: RunConfig, fence: Fence) -> TrainerQueue:

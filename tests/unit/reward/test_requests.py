@@ -41,7 +41,7 @@ MANY = {str(n): 1 for n in range(65)}
         (ScoreBody, MANY, (), "65 entries are more than 64"),
         (OpenRlhfBody, {"query": [1] * 4096, "prompts": [], "labels": []}, ("query", 0), "valid string"),
         (OpenRlhfBody, {"query": [""] * 4097, "prompts": [], "labels": []}, ("query",), "4097 entries"),
-        (OpenRlhfBody, {"query": [], "prompts": [], "labels": [{}] * 4096}, ("labels", 0, "str"), "valid string"),
+        (OpenRlhfBody, {"query": [], "prompts": [], "labels": [{}] * 4096}, ("labels", 0), "valid string"),
     ],
 )
 def test_a_body_of_many_mistakes_is_refused_at_the_first(
