@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -195,6 +195,7 @@ def test_values_are_frozen(run_file: Path) -> None:
         load_config(run_file, env={}).trainer.steps = 4  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(min_value=0, max_value=2**63 - 1),
     rate=st.floats(min_value=1e-30, max_value=1e30),
