@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
@@ -82,6 +82,7 @@ def test_tensors_are_dealt_to_buckets_in_order_until_one_is_full() -> None:
     assert [[one.name for one in bucket] for bucket in manifest.buckets] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a loaded machine
 @given(specs=SPECS, limit=st.integers(1, 4096))
 def test_every_tensor_is_in_one_bucket_and_no_bucket_of_several_is_too_large(
     specs: list[TensorSpec], limit: int
@@ -96,6 +97,7 @@ def test_nothing_to_send_is_no_bucket() -> None:
     assert WeightManifest.of([], 64).buckets == []
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a loaded machine
 @given(specs=SPECS, limit=st.integers(1, 4096))
 def test_what_was_packed_is_unpacked_as_it_was(specs: list[TensorSpec], limit: int) -> None:
     tensors = [(one.name, random_tensor(one)) for one in specs]
