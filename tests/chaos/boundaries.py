@@ -1,9 +1,9 @@
 """The operations of a process after which somebody else could see something changed, and death before or after each.
 
 A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a process
-waits, as often as time has it; of those, only the first after each other operation counts. What several tasks do beside
-each other is counted by its own name. So a run has the same boundaries every time, unless a replica has to be synced
-once more.
+waits, as often as time has it; of those, only the first after each other operation counts, and of a replica, which
+does several things beside each other, only the first of all. What it does beside other things is counted by its own
+name. So a run has the same boundaries every time, unless a replica has to be synced once more.
 """
 
 import os
@@ -41,6 +41,7 @@ class Boundaries:
         self._kill_at = kill_at
         self._seen: set[str] = set()
         self._operations = 0
+        self._does_one_thing_at_a_time = True
         self._of_name: Counter[str] = Counter()
 
     def of_a_trainer(self) -> None:
@@ -58,6 +59,7 @@ class Boundaries:
 
     def of_a_replica(self) -> None:
         """From now on this process, a replica with the simulated engine, passes boundaries."""
+        self._does_one_thing_at_a_time = False
         self._wrap_async(redis.asyncio.Redis, "execute_command", lambda _, name, *args, **__: _command(name, *args))
         self._wrap_async(RewardClient, "score", lambda *_, **__: "score")
         for phase in ("prepare", "transfer", "probe", "commit"):
@@ -76,7 +78,7 @@ class Boundaries:
 
     def _enter(self, label: str) -> str:
         """Passes the boundary before an operation; answers what the operation is called."""
-        operation = f"{label} @{self._operations}"
+        operation = f"{label} @{self._operations}" if self._does_one_thing_at_a_time else label
         if label.startswith(BESIDE_EACH_OTHER):
             self._of_name[label] += 1
             operation = f"{label} #{self._of_name[label]}"

@@ -64,7 +64,7 @@ def begin(work: Callable[..., object], config: RunConfig, directory: Path, conte
     return forked.start_in_fork_server(context, in_a_process_of_its_own, work, str(file), output, *arguments)
 
 
-def outcome_of(process: Any, directory: Path) -> dict[str, Any]:
+def outcome_of(process: Any, directory: Path) -> Any:
     """What the work answered. Its logs, and those of its services, are printed."""
     process.join(LONGEST_SESSION_S)
     output = directory / "output.log"

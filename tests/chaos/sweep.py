@@ -1,6 +1,5 @@
 """SIGKILL at boundary after boundary of a process, each in a run of its own that has to be finished all the same."""
 
-import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -63,13 +62,10 @@ class ReplicaSweep:
 SWEEPS = {"trainer": TrainerSweep, "replica": ReplicaSweep}
 
 
-def sweep(config: RunConfig, who: str, part: int, parts: int, share: float, seed: int) -> dict[str, object]:
-    """Kill a process at its boundaries, or at a share of them, of which this is one part: what happened at each."""
-    kind = SWEEPS[who]
-    services = Services(config, kind.started_later)
-    process, directory = kind(services), services.config.directory
-    boundaries = _boundaries(services, process)
-    chosen = _some(boundaries, share, seed)[part::parts]
+def sweep(config: RunConfig, who: str, chosen: Sequence[str]) -> dict[str, list[int]]:
+    """Kill a process at each of these boundaries: the exit codes of what died and of the trainer that finished."""
+    services = Services(config, SWEEPS[who].started_later)
+    process, directory = SWEEPS[who](services), services.config.directory
     codes: dict[str, list[int]] = {}
     for number, boundary in enumerate(chosen, start=1):
         for attempt in range(ATTEMPTS):
@@ -78,11 +74,13 @@ def sweep(config: RunConfig, who: str, part: int, parts: int, share: float, seed
             codes[boundary] = process.run(place, directory / "passed", boundary)
             if len(codes[boundary]) > 1:
                 break
-    return {"boundaries": len(boundaries), "codes": codes}
+    return codes
 
 
-def _boundaries(services: Services, process: TrainerSweep | ReplicaSweep) -> list[str]:
-    """Those of an undisturbed run; two of them, since only what each run passes can be waited for."""
+def boundaries(config: RunConfig, who: str) -> list[str]:
+    """Those of an undisturbed run; of two of them, since only what each run passes can be waited for."""
+    services = Services(config, SWEEPS[who].started_later)
+    process = SWEEPS[who](services)
     passed = []
     for number in range(2):
         place = _fresh_run(services, "undisturbed", epoch=10 * number)
@@ -90,12 +88,6 @@ def _boundaries(services: Services, process: TrainerSweep | ReplicaSweep) -> lis
         assert process.run(place, names, "") == [0]
         passed.append(names.read_text().splitlines())
     return [name for name in passed[0] if name in passed[1]]
-
-
-def _some(boundaries: Sequence[str], share: float, seed: int) -> list[str]:
-    count = max(1, round(share * len(boundaries)))
-    chosen = set(random.Random(seed).sample(range(len(boundaries)), count))
-    return [boundary for index, boundary in enumerate(boundaries) if index in chosen]
 
 
 def _fresh_run(services: Services, name: str, epoch: int) -> Path:
