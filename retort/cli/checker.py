@@ -124,7 +124,9 @@ def _taken(name: str) -> str:
     """What has the name already; empty if nothing has."""
     if keyword.iskeyword(name):
         return "a word of Python"
-    if name in entry_points(group="retort.checkers").names:
+    from services.reward.discovery import BUILT_IN, GROUP
+
+    if name in {point.name for point in (*BUILT_IN, *entry_points(group=GROUP))}:
         return "a checker that is installed"
     module = importlib.util.find_spec(name)
     # Without an origin it is no more than a directory of that name.

@@ -52,7 +52,7 @@ def test_a_reward_lies_flat_and_an_unscorable_item_has_a_reason_and_no_reward(ht
         "checker": "mcq@1",
     }
     assert unknown.keys() == {"id", "unscorable", "checker", "seconds"}
-    assert unknown["unscorable"]["reason"].startswith("no checker 'mqc'; known: composite")
+    assert unknown["unscorable"]["reason"].startswith("no checker 'mqc'; known: ")
     assert (wrong["id"], wrong["reward"], wrong["correct"]) == ("3", 0.0, False)
 
 

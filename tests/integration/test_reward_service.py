@@ -70,7 +70,7 @@ def test_bad_items_cost_neither_the_batch_nor_the_good_items_their_rewards(rewar
     assert (good.reward.value, good.reward.correct, good.checker) == (1.0, True, "mcq@1")
     assert last.reward == good.reward
     assert raised.unscorable.reason == "raises raised ValueError: boom"
-    assert unknown.unscorable.reason.startswith("no checker 'mqc'; known: composite, does, exact_match, ")
+    assert unknown.unscorable.reason.startswith("no checker 'mqc'; known: ")
     assert "finite number" in not_a_number.unscorable.reason
 
 
