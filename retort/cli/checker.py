@@ -124,9 +124,8 @@ def _taken(name: str) -> str:
     """What has the name already; empty if nothing has."""
     if keyword.iskeyword(name):
         return "a word of Python"
-    from services.reward.discovery import BUILT_IN, GROUP
-
-    if name in {point.name for point in (*BUILT_IN, *entry_points(group=GROUP))}:
+    built_in = importlib.util.find_spec(f"services.reward.checkers.{name}")  # one file each
+    if built_in or name in entry_points(group="retort.checkers").names:
         return "a checker that is installed"
     module = importlib.util.find_spec(name)
     # Without an origin it is no more than a directory of that name.
