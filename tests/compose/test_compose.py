@@ -66,12 +66,14 @@ def test_the_reward_image_is_smaller_than_200_mb_and_has_no_shell(stack: Stack) 
 
 def test_the_reward_container_scores_an_item_over_grpc_and_over_http(stack: Stack) -> None:
     address = stack.address("reward")
-    with RewardClient(f"{address}:50051") as client:
+    token = podman("exec", stack.containers("secrets")[0]["Id"], "cat", "/retort/secrets/reward/reward-token").strip()
+    with RewardClient(f"{address}:50051", token=token) as client:
         [result] = client.score([Item(checker="math", completion="It is \\boxed{\\frac{1}{2}}.", answer="0.5")])
     assert result.reward == 1.0
 
     item = {"id": "1", "checker": "mcq", "completion": "<answer>A</answer>", "answer": "B"}
     call = ["curl", "--silent", "--fail", "--json", json.dumps({"items": [item]}), f"http://{address}:8081/v1/score"]
+    call += ["--header", f"Authorization: Bearer {token}"]
     answer = json.loads(subprocess.run(call, check=True, capture_output=True).stdout)
     assert answer["results"][0]["reward"] == 0.0
 
