@@ -15,7 +15,6 @@ from typing import Any
 import msgspec
 
 from retort.cli.bottleneck import bottleneck
-from retort.cli.status import newest_run
 from retort.config import ConfigError, load_config
 from retort.metrics_file import read_metrics
 
@@ -76,6 +75,9 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(
             "name a group or a step: `retort trace GROUP_ID [RUN_DIR]`, `retort trace --step N [RUN_DIR]`."
         )
+    # Only now: this needs psutil, and the tracker `otel`, which has none, imports this module too.
+    from retort.cli.status import newest_run
+
     directory = Path(words[0]) if words else newest_run(Path("runs"))
     run = load_config(directory / "config.toml", env={}).key_prefix
     if group_id is not None:
