@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.trainer import GROUP_SIZE, a_step, language_model
+from retort.cli.plan.model_shape import KNOWN_MODELS
 from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
@@ -43,23 +45,16 @@ SIDES = ("retort", "plain")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BUDGETS = (1024, 2048, 4096, 8192, 16384)
 RANKS = (1, 2)
+NOT_OF_QWEN3 = ("model_type", "mlp_bias")
+"""Keys of a shape that its configuration class does not take."""
 TEACHER_RATE, LEARNING_RATE = 0.05, 1e-6
 Step = Callable[[], Mapping[str, float]]
 
 
 def qwen3_4b(attention: str, device: torch.device) -> Qwen3ForCausalLM:
     """Qwen3-4B's shape (its config.json) with random weights, made on the device in float32."""
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-    )
+    shape = msgspec.structs.asdict(KNOWN_MODELS["Qwen/Qwen3-4B"])
+    config = Qwen3Config(**{name: value for name, value in shape.items() if name not in NOT_OF_QWEN3})
     config._attn_implementation = attention
     torch.manual_seed(0)
     with device:

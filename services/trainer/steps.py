@@ -24,7 +24,7 @@ TICK, TICK_EVERY_S = b"still waiting", 20.0
 DONE, YES = b"", b"yes"
 NEARLY_FULL = 0.8
 """Share of Redis' memory limit from which on groups leave it after every step, and work is not asked for ahead."""
-ADMIT_AGAIN_S = 0.2
+LOOK_AGAIN_S = 0.2
 STOP_PATIENCE_S = 10.0
 """A request to stop lets a step finish, unless nothing has come for so long."""
 Assemble = Callable[[int, list[RolloutGroup]], StepBatch]
@@ -199,7 +199,7 @@ class Rank0Steps(Steps):
                         "work items cannot be admitted. Raise its maxmemory, or remove what else it holds; then "
                         "--resume."
                     )
-                time.sleep(ADMIT_AGAIN_S)
+                time.sleep(LOOK_AGAIN_S)
 
     def _is_issued(self, items: Sequence[WorkItem]) -> bool:
         try:
@@ -247,5 +247,5 @@ class Rank0Steps(Steps):
                         f"trainer waits for a rollout replica to serve policy version {version}, and none did within "
                         f"{startup_s:.0f} s (timeouts.startup_s). See logs/rollout-*.log."
                     )
-                time.sleep(0.2)
+                time.sleep(LOOK_AGAIN_S)
             return replicas
