@@ -16,7 +16,7 @@ from services.reward.checkers.composite import Composite, Part
 from services.reward.isolation.pool import Turns, WorkerPool
 from services.reward.isolation.worker import Question
 from services.reward.metrics import BATCH_SECONDS, CACHED, SECONDS, VERDICTS, WORKER_SECONDS
-from services.reward.scoring import Item, Scored, check_run, sound
+from services.reward.scoring import Item, Scored, check_run, identity, sound
 from services.reward.shadow import Shadow
 
 TIME_LIMIT = "time_limit_s"
@@ -42,11 +42,10 @@ class Scorer:
 
     async def score(self, items: Sequence[Item]) -> list[Scored]:
         """A verdict for every item, in their order. Raises FullError. Cancelling stops what has not finished."""
-        scored: list[Scored | None] = [None] * len(items)
+        scored: dict[int, Scored] = {}
         async for ready in self.score_as_ready(items):
-            for index, result in zip(*ready, strict=True):
-                scored[index] = result
-        return [result for result in scored if result is not None]
+            scored.update(zip(*ready, strict=True))
+        return [scored[index] for index in range(len(items))]
 
     async def room_for(self, items: Sequence[Item]) -> None:
         """Wait until the service takes these items; it does, if nothing else is awaited in between."""
@@ -172,9 +171,10 @@ class Scorer:
         return await self.score_with(whole, part.checker, turns)
 
     def _record(self, items: Sequence[Item], scored: Sequence[Scored]) -> None:
-        different = {id(one): one for one in scored}
+        keys = list(map(identity, scored))
+        different = dict(zip(keys, scored, strict=True))
         counts: dict[tuple[str, str], tuple[int, float]] = {}
-        for key, times in Counter(map(id, scored)).items():
+        for key, times in Counter(keys).items():
             one = different[key]
             outcome = ("correct" if one.verdict.correct else "wrong") if type(one.verdict) is Reward else "unscorable"
             count, seconds = counts.get((one.checker, outcome), (0, 0.0))

@@ -11,6 +11,10 @@ from services.reward.checkers import Checker, Reward, Unscorable, Verdict, defec
 
 MAX_ERROR_CHARACTERS = 500
 
+identity = object.__hash__
+"""Different for different objects that live, like id(), which would call the audit hook of retort/unpickling.py each
+time: a sixth of a batch's rate."""
+
 
 class Item(msgspec.Struct, frozen=True, gc=False):
     """What is to be scored. Both faces make their requests into these: a protobuf message copies a text each time
@@ -57,9 +61,12 @@ def check_run(checker: Checker, items: Sequence[Item]) -> list[Scored]:
     returned = [check_unseen(checker, item.completion, item.answer, item.options) for item in items]
     seconds = (time.perf_counter() - before) / len(items)
     # By identity, which holds as long as `returned` does: most verdicts of a batch are one of a few.
-    different = {id(one): one for one in returned}
-    scored = {key: Scored(sound(checker, one), checker.label, seconds) for key, one in different.items()}
-    return [scored[id(one)] for one in returned]
+    keys = list(map(identity, returned))
+    scored = {
+        key: Scored(sound(checker, one), checker.label, seconds)
+        for key, one in dict(zip(keys, returned, strict=True)).items()
+    }
+    return [scored[key] for key in keys]
 
 
 def sound(checker: Checker, returned: object) -> Verdict:

@@ -19,7 +19,7 @@ from services.reward.admission import FullError
 from services.reward.checkers import Unscorable
 from services.reward.requests import LONGEST_NAME, MAX_REQUEST_BYTES, malformed, too_large
 from services.reward.scorer import Scorer
-from services.reward.scoring import Item, Scored
+from services.reward.scoring import Item, Scored, identity
 from services.reward.security import Security
 
 SERVICE = "reward.v1.RewardService"
@@ -281,7 +281,7 @@ def _written(ids: Sequence[str], results: Sequence[Scored]) -> bytes:
     parts: list[bytes] = []
     for item_id, scored in zip(ids, results, strict=True):
         name = item_id.encode()
-        key = (id(scored), len(name))
+        key = (identity(scored), len(name))
         head = heads.get(key)
         if head is None:
             head = heads[key] = _head(scored, len(name))

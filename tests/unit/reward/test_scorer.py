@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from typing import ClassVar
@@ -15,6 +17,7 @@ from services.reward.discovery import load_checkers
 from services.reward.isolation.pool import WorkerPool
 from services.reward.scorer import IMMEDIATE_ITEMS, Scorer
 from services.reward.scoring import Item, Scored
+from tests.reward_service import ROOT
 
 
 def score(*items: Item) -> list[Scored]:
@@ -33,6 +36,34 @@ def test_verdicts_come_in_the_order_of_the_items_wherever_they_were_scored() -> 
     assert isinstance(second.verdict, Reward)
     assert (second.verdict.value, second.checker) == (1.0, "mcq@1")
     assert (type(third.verdict), third.checker) == (Unscorable, "")
+
+
+def test_a_batch_calls_no_audit_hook_for_each_item() -> None:
+    """id() does, and so cost a sixth of the rate: retort/unpickling.py has a hook."""
+    program = """
+import asyncio, sys
+from services.reward.admission import Admission
+from services.reward.checkers.mcq import MultipleChoice
+from services.reward.isolation.pool import WorkerPool
+from services.reward.scorer import Scorer
+from services.reward.scoring import Item
+from services.reward.server import _written
+
+events = []
+sys.addaudithook(lambda event, arguments: events.append(event))
+
+async def score():
+    items = [Item(str(n), "mcq", "<answer>B</answer>", "ABCD"[n % 4]) for n in range(256)]
+    scorer = Scorer({"mcq": MultipleChoice()}, WorkerPool(), Admission())
+    await scorer.score(items)  # also makes what the first batch makes
+    before = len(events)
+    _written([item.id for item in items], await scorer.score(items))
+    print(len(events) - before)
+
+asyncio.run(score())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(ran.stdout) < 50
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "61", "nan", "soon"])
