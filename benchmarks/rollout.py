@@ -26,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.config import RunConfig, load_config
+from retort.identity import identity_of
 from retort.questions import questions_of
 from retort.queues import TrainerQueue, connect
 from retort.rollouts import RolloutGroup, WorkItem
@@ -42,42 +43,17 @@ STALL_S = 300.0
 
 def offline(config: RunConfig, pipe: Connection) -> None:
     """Answers each list of work items with the seconds of sampling them and the number of tokens."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.rollout.kv_cache_gib)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
 
-    # As services/rollout/vllm_engine.py on a CPU.
-    llm = LLM(
-        model=config.model.path,
-        dtype=config.model.dtype,
-        max_model_len=config.model.max_length,
-        seed=config.seed,
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        max_num_seqs=min(config.rollout.concurrent_groups * config.trainer.group_size, 512),
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(config.model.max_length, 8192),
-        enforce_eager=True,
-    )
+    from services.rollout.vllm_engine import engine_settings, sampling_parameters
+
+    llm = LLM(**engine_settings(config))
     pipe.send(())
     while items := pipe.recv():
         start = time.perf_counter()
         prompts = [TokensPrompt(prompt_token_ids=item.prompt_ids) for item in items for _ in item.seeds]
-        parameters = [
-            SamplingParams(
-                temperature=item.sampling.temperature,
-                top_p=item.sampling.top_p,
-                top_k=0,
-                max_tokens=item.sampling.max_completion_tokens,
-                seed=seed,
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for item in items
-            for seed in item.seeds
-        ]
+        parameters = [sampling_parameters(item.sampling, seed) for item in items for seed in item.seeds]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         pipe.send((time.perf_counter() - start, tokens))
@@ -90,7 +66,12 @@ class Trainer:
         self._queue = TrainerQueue(connect(url), config.key_prefix, epoch=1)
         self._queue.open()
         self._sender = WeightSender(
-            self._queue, config.weight_sync, epoch=1, backend="gloo", authorization=authorization()
+            self._queue,
+            config.weight_sync,
+            epoch=1,
+            backend="gloo",
+            authorization=authorization(),
+            identity=identity_of(config, AutoTokenizer.from_pretrained(config.model.path)),
         )
         self._sender.publish(*_weights(config))
         self._reader = GroupReader(self._queue, "train", lambda _: self._sync(), STALL_S)

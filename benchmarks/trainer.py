@@ -11,6 +11,7 @@ growth with lengths, ranks and budgets: `benchmarks.training_step`.
 
 import argparse
 import json
+import math
 import random
 import resource
 import subprocess
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from retort.config import MethodConfig, TrainerConfig
@@ -96,10 +98,10 @@ def packed(model: Any, batch: StepBatch, token_budget: int) -> Callable[[], Grad
     def keeping_the_first(learning_rate: float) -> float:
         if not gradients:
             pairs = zip(policy.names, policy.parameters(), strict=True)
-            gradients.update({name: p.grad.full_tensor().clone() for name, p in pairs})
+            gradients.update({name: _whole(p.grad) for name, p in pairs})
         return step(learning_rate)
 
-    policy.step = keeping_the_first
+    policy.step = keeping_the_first  # type: ignore[method-assign]
 
     def update() -> Gradients:
         update_policy(policy, batch, rows, method, learning_rate=1e-6)
@@ -186,7 +188,7 @@ def python_with_trl() -> str:
     python = TRL_ENVIRONMENT / "bin/python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", TRL_ENVIRONMENT], check=True)
-    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     own = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
     if not (own / f"trl-{TRL_VERSION}.dist-info").exists():
         (own / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -246,10 +248,16 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _whole(gradient: torch.Tensor | None) -> torch.Tensor:
+    assert isinstance(gradient, DTensor)
+    whole: torch.Tensor = gradient.full_tensor()
+    return whole.clone()
+
+
 def difference(ours: Gradients, theirs: Gradients) -> float:
     """The norm of the difference of two gradients, over that of theirs."""
-    squares = sum((ours[name] - gradient).square().sum() for name, gradient in theirs.items())
-    return float((squares / sum(gradient.square().sum() for gradient in theirs.values())).sqrt())
+    squares = math.fsum(float((ours[name] - gradient).square().sum()) for name, gradient in theirs.items())
+    return math.sqrt(squares / math.fsum(float(gradient.square().sum()) for gradient in theirs.values()))
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def qwen3_4b(attention: str, device: torch.device) -> Qwen3ForCausalLM:
     config._attn_implementation = attention
     torch.manual_seed(0)
     with device:
-        return Qwen3ForCausalLM(config).train()
+        model: Qwen3ForCausalLM = Qwen3ForCausalLM(config)
+    model.train()
+    return model
 
 
 def make_model(args: argparse.Namespace, attention: str) -> Any:
@@ -196,7 +198,8 @@ def measure(args: argparse.Namespace) -> None:
         before = peak_bytes(device) if args.device == "cpu" else 0
         step, snapshot = retort_step(args, batch) if args.side == "retort" else (plain_step(args, batch), None)
         step()
-        seconds, said = [], {}
+        seconds: list[float] = []
+        said: Mapping[str, float] = {}
         for _ in range(args.repeats):
             started = time.perf_counter()
             said = step()

@@ -104,7 +104,7 @@ def a_batch(
 ) -> StepBatch:
     """A step's batch as `assemble` makes it, with advantages and teacher prompts of the test's own choice."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    taught = [None] * len(rollouts) if teacher_prompts is None else list(teacher_prompts)
+    taught = list(teacher_prompts or [None] * len(rollouts))
     return StepBatch(
         step=step,
         groups=list(groups),

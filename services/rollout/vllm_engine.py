@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from vllm import SamplingParams
@@ -38,48 +38,71 @@ class OrderlyLLM(AsyncLLM):
         pass
 
 
+def engine_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides how an engine samples and how fast; benchmarks give vLLM's own server of batches the same."""
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
+        # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
+        # sample, with a C++ compiler, which a laptop may lack.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    return {
+        "model": config.model.path,
+        "dtype": config.model.dtype,
+        "max_model_len": config.model.max_length,
+        "seed": config.seed,
+        # The model's own top_k and top_p would be applied silently, and the log-probs would no longer be the policy's.
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "tensor_parallel_size": config.rollout.tensor_parallel,
+        "gpu_memory_utilization": config.rollout.gpu_memory_utilization,
+        "max_num_seqs": min(config.rollout.concurrent_groups * config.trainer.group_size, 512),
+        # On a CPU, a request with a seed that is caught in a partial prefill ends the engine
+        # ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False if on_cpu else None,
+        "max_num_batched_tokens": max(config.model.max_length, 8192) if on_cpu else None,
+        # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not
+        # load there), and needs a C++ compiler.
+        "enforce_eager": on_cpu,
+    }
+
+
+def sampling_parameters(sampling: SamplingParameters, seed: int) -> SamplingParams:
+    """For one completion with the log-prob of each of its tokens."""
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,
+        max_tokens=sampling.max_completion_tokens,
+        seed=seed,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
 class VLLMEngine:
     """An `AsyncLLM` whose weights arrive by broadcast. See `services.rollout.engine.Engine`."""
 
     def __init__(self, config: RunConfig) -> None:
         on_cpu = not torch.cuda.is_available()
         scheduler = ProbeScheduler if on_cpu else AsyncProbeScheduler
-        sequences = min(config.rollout.concurrent_groups * config.trainer.group_size, 512)
         # Read by the plug-in: processes below this one die with it.
         os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())
         # With it vLLM's processes would unpickle what reaches their sockets.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "0"
         self._sockets = make_socket_directory()
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
-        if on_cpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.rollout.kv_cache_gib))
-            # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
-            # sample, with a C++ compiler, which a laptop may lack.
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        settings = engine_settings(config)
+        sequences = settings.pop("max_num_seqs")
         self.llm = OrderlyLLM.from_engine_args(
             AsyncEngineArgs(
-                model=config.model.path,
-                dtype=config.model.dtype,
-                max_model_len=config.model.max_length,
-                seed=config.seed,
-                # The model's own top_k and top_p would be applied silently, and the log-probs would no longer be
-                # the policy's.
-                generation_config="vllm",
-                logprobs_mode="processed_logprobs",
-                tensor_parallel_size=config.rollout.tensor_parallel,
-                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+                **settings,
                 max_num_seqs=sequences + 1,  # the probe's place
                 max_num_active_seqs=sequences,
                 scheduling_policy="priority",
                 scheduler_cls=f"{scheduler.__module__}.{scheduler.__name__}",
                 async_scheduling=not on_cpu,  # vLLM's own choice; the scheduler has to be of the same kind
-                # On a CPU, a request with a seed that is caught in a partial prefill ends the engine
-                # ("CPU Generator does not use offset").
-                enable_chunked_prefill=False if on_cpu else None,
-                max_num_batched_tokens=max(config.model.max_length, 8192) if on_cpu else None,
-                # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not
-                # load there), and needs a C++ compiler.
-                enforce_eager=on_cpu,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
                 enable_log_requests=False,
@@ -104,17 +127,7 @@ class VLLMEngine:
 
         Work from the queue is `urgent`; requests from outside wait behind it.
         """
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=0,
-            max_tokens=sampling.max_completion_tokens,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        output = await self._generate(prompt_ids, parameters, priority=0 if urgent else 1)
+        output = await self._generate(prompt_ids, sampling_parameters(sampling, seed), priority=0 if urgent else 1)
         completion = output.outputs[0]
         ids = list(completion.token_ids)
         assert completion.logprobs is not None and completion.weight_versions is not None
