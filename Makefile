@@ -40,7 +40,7 @@ test-fuzz: setup  ## 100,000 hostile cases for the reward service (ten minutes; 
 chaos: setup  ## kill, freeze and forget for half an hour; RETORT_CHAOS_SEED=N repeats a plan
 	$(BIN)/pytest -m "not soak" --ignore=tests/chaos/test_sweep.py --ignore=tests/chaos/test_mutants.py tests/chaos tests/e2e
 
-sweep: setup  ## kill trainer and replica before and after each of their operations; 20,000 call sequences against Redis
+sweep: setup  ## kill trainer, replica and launcher before and after each of their operations; 20,000 call sequences against Redis
 	$(BIN)/pytest -m chaos tests/chaos/test_sweep.py tests/integration/test_queue_model.py
 
 mutants: setup  ## planted bugs, each of which has to be found 20 times of 20

@@ -3,12 +3,14 @@
 A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a process
 waits, as often as time has it; of those, only the first after each other operation counts, and of a replica, which
 does several things beside each other, only the first of all. What it does beside other things is counted by its own
-name. So a run has the same boundaries every time, unless a replica has to be synced once more.
+name. So a run has the same boundaries every time, unless a replica has to be synced once more. A launcher looks at
+many things over and over: of each thing that it does to a file or a process of that name, the first counts.
 """
 
 import os
 import shutil
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import redis.client
 import retort.weight_sync
 import services.trainer.checkpoint
 import services.trainer.export
+from retort.cli import processes
 from services.rollout.reward_client import RewardClient
 from services.rollout.simulated_model import SimulatedModel
 from services.rollout.weight_receiver import WeightReceiver
@@ -42,6 +45,8 @@ class Boundaries:
         self._seen: set[str] = set()
         self._operations = 0
         self._does_one_thing_at_a_time = True
+        self._only_first_of_a_name = False
+        self._process = os.getpid()  # what is forked from here passes no boundaries
         self._of_name: Counter[str] = Counter()
 
     def of_a_trainer(self) -> None:
@@ -67,9 +72,24 @@ class Boundaries:
         self._wrap(retort.weight_sync, "_start_broadcast", lambda *_, **__: "bucket")
         self._wrap_async(SimulatedModel, "load", lambda *_, **__: "load")
 
+    def of_a_launcher(self, run: Path) -> None:
+        """From now on this process, the launcher of the run in that directory, passes boundaries."""
+
+        def name_of(path: Any) -> str:
+            return "the run" if Path(path) == run else Path(path).name
+
+        self._only_first_of_a_name = True
+        self._wrap(redis.Redis, "execute_command", lambda _, name, *args, **__: _command(name, *args))
+        self._wrap(processes, "_spawn", lambda program: f"spawn {program.name}")
+        self._wrap(subprocess.Popen, "send_signal", lambda _, number: f"send {signal.Signals(number).name}")
+        self._wrap(Path, "write_text", lambda path, *_, **__: f"write {path.name}")
+        self._wrap(os, "replace", lambda _, path, **__: f"replace {Path(path).name}")
+        for name in ("open", "mkdir", "unlink"):
+            self._wrap(os, name, lambda path, *_, name=name, **__: f"{name} {name_of(path)}")
+
     def _pass(self, side: str, operation: str) -> None:
         name = f"{side} {operation}"
-        if name in self._seen:
+        if name in self._seen or os.getpid() != self._process:
             return
         self._seen.add(name)
         os.write(self._names, f"{name}\n".encode())
@@ -79,7 +99,9 @@ class Boundaries:
     def _enter(self, label: str) -> str:
         """Passes the boundary before an operation; answers what the operation is called."""
         operation = f"{label} @{self._operations}" if self._does_one_thing_at_a_time else label
-        if label.startswith(BESIDE_EACH_OTHER):
+        if self._only_first_of_a_name:
+            operation = label
+        elif label.startswith(BESIDE_EACH_OTHER):
             self._of_name[label] += 1
             operation = f"{label} #{self._of_name[label]}"
         elif not label.startswith(REPEATED):

@@ -70,8 +70,10 @@ class Forked(subprocess.Popen):
         self._waitpid_lock = threading.Lock()
 
 
-def launch(arguments: Sequence[str], output: Path, environment: dict[str, str]) -> None:
-    """`retort ARGUMENTS` in a process of multiprocessing's fork server."""
+def launch(
+    arguments: Sequence[str], output: Path, environment: dict[str, str], before: Callable[[], None] | None = None
+) -> None:
+    """`retort ARGUMENTS` in a process that was forked for it. `before` is called there, as the last thing."""
     os.setsid()
     be_like_a_started_program()
     os.environ.pop("REDIS_URL", None)
@@ -82,6 +84,8 @@ def launch(arguments: Sequence[str], output: Path, environment: dict[str, str]) 
     processes._spawn = spawn
     plan = partial(plan_with_faults, json.loads(environment[LINKS]))
     retort.cli.launch.launch = partial(retort.cli.launch.launch, plan=plan)
+    if before:
+        before()
     sys.exit(retort.cli.__main__.main(list(arguments)))
 
 
@@ -183,6 +187,28 @@ def fork(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def fork_launcher(
+    arguments: Sequence[str], output: Path, environment: dict[str, str], before: Callable[[], None]
+) -> Forked:
+    """A launcher in a process of its own, which ends with this one. `before` is called there."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return Forked(pid)
+    code: Any = 1
+    try:
+        die_with_parent(parent)
+        launch(arguments, output, environment, before)
+    except SystemExit as ending:
+        code = ending.code
+    except BaseException:  # noqa: BLE001  # nothing may unwind into what the parent was doing
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code or 0))
 
 
 def run_main(module: str, arguments: Sequence[str]) -> int:

@@ -2,10 +2,12 @@
 
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from retort.config import RunConfig
+from retort.config import RunConfig, dump_config
+from tests.chaos import forked
 from tests.chaos.boundaries import Boundaries
 from tests.chaos.forked import Forked
 from tests.chaos.services_of_a_run import LONGEST_S, Services
@@ -15,16 +17,42 @@ ATTEMPTS = 3
 POLL_S = 0.02
 
 
-class TrainerSweep:
-    """The trainer dies, and another one finishes its run."""
+class Sweep(ABC):
+    """Runs in one of which after the other a process dies."""
+
+    @abstractmethod
+    def run(self, place: Path, names: Path, kill_at: str) -> list[int]:
+        """The exit codes: that of the process which died, if it did, and that of the one which finished the run.
+
+        The names of the boundaries that it passed go into the file `names`.
+        """
+
+    @abstractmethod
+    def fresh_run(self, name: str, epoch: int) -> Path:
+        """The directory of a run that has not begun."""
+
+
+class ServiceSweep(Sweep):
+    """Redis and the other services are there all the time."""
 
     started_later = ("trainer",)
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(self, config: RunConfig) -> None:
+        self._services = Services(config, self.started_later)
+
+    def fresh_run(self, name: str, epoch: int) -> Path:
+        place = self._services.config.directory / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        (place / "epoch").write_text(str(epoch))
+        self._services.redis.flushall()
+        return place
+
+
+class TrainerSweep(ServiceSweep):
+    """The trainer dies, and another one finishes its run."""
 
     def run(self, place: Path, names: Path, kill_at: str) -> list[int]:
-        """The exit codes: that of the process which died, if it did, and that of the trainer which finished."""
         first = self._ending(place, names, kill_at)
         return [first] if first == 0 else [first, self._ending(place, names, "")]
 
@@ -33,13 +61,10 @@ class TrainerSweep:
         return trainer.wait(timeout=LONGEST_S)
 
 
-class ReplicaSweep:
+class ReplicaSweep(ServiceSweep):
     """The only replica dies, another one takes its name, and the trainer goes on."""
 
     started_later = ("trainer", "rollout-0")
-
-    def __init__(self, services: Services) -> None:
-        self._services = services
 
     def run(self, place: Path, names: Path, kill_at: str) -> list[int]:
         replica = self._replica(place, names, kill_at)
@@ -59,18 +84,48 @@ class ReplicaSweep:
         return self._services.start("rollout-0", place, lambda: Boundaries(names, kill_at).of_a_replica())
 
 
-SWEEPS = {"trainer": TrainerSweep, "replica": ReplicaSweep}
+class LauncherSweep(Sweep):
+    """The launcher dies, and with it all that it has started; `--resume` finishes the run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        config.directory.mkdir()
+        self._clock = config.directory / "clock"
+        self._clock.write_bytes(bytes(8))
+
+    def fresh_run(self, name: str, epoch: int) -> Path:
+        place = self._config.directory / name
+        shutil.rmtree(place, ignore_errors=True)
+        return place
+
+    def run(self, place: Path, names: Path, kill_at: str) -> list[int]:
+        first = self._ending(place, names, kill_at)
+        return [first] if first == 0 else [first, self._ending(place, names, "")]
+
+    def _ending(self, place: Path, names: Path, kill_at: str) -> int:
+        file = place.with_name(f"{place.name}.toml")
+        file.write_text(dump_config(self._config))
+        resume = ["--resume"] if (place / "config.toml").exists() else []
+        launcher = forked.fork_launcher(
+            ["run", str(file), "--run-dir", str(place), *resume],
+            place.with_name(f"{place.name}.log"),
+            {"PYTHONUNBUFFERED": "1", forked.CLOCK: str(self._clock), forked.LINKS: "{}"},
+            lambda: Boundaries(names, kill_at).of_a_launcher(place),
+        )
+        return launcher.wait(timeout=LONGEST_S)
+
+
+SWEEPS: dict[str, type[Sweep]] = {"trainer": TrainerSweep, "replica": ReplicaSweep, "launcher": LauncherSweep}
 
 
 def sweep(config: RunConfig, who: str, chosen: Sequence[str]) -> dict[str, list[int]]:
-    """Kill a process at each of these boundaries: the exit codes of what died and of the trainer that finished."""
-    services = Services(config, SWEEPS[who].started_later)
-    process, directory = SWEEPS[who](services), services.config.directory
+    """Kill a process at each of these boundaries: the exit codes of what died and of what finished."""
+    process, directory = SWEEPS[who](config), config.directory
     codes: dict[str, list[int]] = {}
     for number, boundary in enumerate(chosen, start=1):
         for attempt in range(ATTEMPTS):
             # Replicas have seen the trainers of the runs before.
-            place = _fresh_run(services, f"boundary-{number}", epoch=100 * number + 10 * attempt)
+            place = process.fresh_run(f"boundary-{number}", epoch=100 * number + 10 * attempt)
             codes[boundary] = process.run(place, directory / "passed", boundary)
             if len(codes[boundary]) > 1:
                 break
@@ -79,21 +134,11 @@ def sweep(config: RunConfig, who: str, chosen: Sequence[str]) -> dict[str, list[
 
 def boundaries(config: RunConfig, who: str) -> list[str]:
     """Those of an undisturbed run; of two of them, since only what each run passes can be waited for."""
-    services = Services(config, SWEEPS[who].started_later)
-    process = SWEEPS[who](services)
+    process = SWEEPS[who](config)
     passed = []
     for number in range(2):
-        place = _fresh_run(services, "undisturbed", epoch=10 * number)
-        names = services.config.directory / f"boundaries-{number}"
+        place = process.fresh_run("undisturbed", epoch=10 * number)
+        names = config.directory / f"boundaries-{number}"
         assert process.run(place, names, "") == [0]
         passed.append(names.read_text().splitlines())
     return [name for name in passed[0] if name in passed[1]]
-
-
-def _fresh_run(services: Services, name: str, epoch: int) -> Path:
-    place = services.config.directory / name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    (place / "epoch").write_text(str(epoch))
-    services.redis.flushall()
-    return place

@@ -40,7 +40,7 @@ def swept(who: str, share: float, config: RunConfig, directory: Path, context: A
 @pytest.mark.parametrize(
     "share", [pytest.param(0.006, id="some"), pytest.param(1.0, id="all", marks=pytest.mark.chaos)]
 )
-@pytest.mark.parametrize("who", ["trainer", "replica"])
+@pytest.mark.parametrize("who", ["trainer", "replica", "launcher"])
 def test_a_process_may_die_before_and_after_any_operation(
     who: str, share: float, chaos_config, context, tmp_path: Path, tally: Tally
 ) -> None:
