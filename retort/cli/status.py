@@ -70,6 +70,10 @@ def read_status(directory: Path) -> dict[str, Any]:
     try:
         status: dict[str, Any] = json.loads((directory / STATUS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
+        config_file = directory / "config.toml"
+        if config_file.exists() and not (directory / STATUS_FILE).exists():
+            begin = command("run", config_file, "--resume")
+            raise ConfigError(f"{directory}: its launcher ended before it had started anything. `{begin}`") from None
         what = "no such directory" if not directory.exists() else f"no run there: {STATUS_FILE}: {error.strerror}"
         raise ConfigError(f"{directory}: {what}. `{command('status')}` lists the runs in runs/.") from None
     if status["exit_code"] is None and "launcher" in status and is_gone(status["launcher"]):

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 from redis.exceptions import RedisError
 
+from retort.config import ConfigError
 from retort.queues.protocol import Keys
 from services.trainer.checkpoint import _problem
 from tests.chaos.forked import hold
@@ -148,7 +149,7 @@ class Chaos:
         down = {name, *self._waiting, *(other for _, other, _ in self._ends)}
         try:
             diagnosis = self.run.diagnosis()
-        except NO_ANSWER:
+        except (*NO_ANSWER, ConfigError):
             return True  # the run has no files yet
         self.diagnoses += 1
         if diagnosis.waited_for not in down and self.run.pid_of(name) is not None:
@@ -157,11 +158,19 @@ class Chaos:
 
     def ask_doctor_after_the_end(self) -> None:
         """The launcher was killed: it is to be named, whatever else died with it."""
-        with contextlib.suppress(*NO_ANSWER):
+        if not (self.run.directory / "config.toml").exists():
+            return  # before there was a run
+        try:
             diagnosis = self.run.diagnosis()
-            self.diagnoses += 1
-            if diagnosis.waited_for != "its launcher":
-                self.wrong_diagnoses.append(f"the launcher was gone, and the doctor said: {diagnosis.line()}")
+        except NO_ANSWER:
+            return
+        except ConfigError as error:  # before the first status of the run
+            right, said = "launcher" in str(error), str(error)
+        else:
+            right, said = diagnosis.waited_for == "its launcher", diagnosis.line()
+        self.diagnoses += 1
+        if not right:
+            self.wrong_diagnoses.append(f"the launcher was gone, and the doctor said: {said}")
 
     def expect_recovery(self, name: str, pid: int) -> None:
         epoch = self.run.epoch()

@@ -64,6 +64,12 @@ def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
         all_runs(tmp_path)
 
 
+def test_a_run_whose_launcher_was_killed_before_its_first_status_can_be_begun(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"its launcher ended before .*retort run .*config.toml --resume"):
+        read_status(tmp_path)
+
+
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory runs/ below the working directory, with a finished run in it."""
