@@ -1,10 +1,10 @@
 """The operations of a process after which somebody else could see something changed, and death before or after each.
 
-A boundary is "before" or "after" the n-th such operation. Reads, signs of life and asking again repeat while a process
-waits, as often as time has it; of those, only the first after each other operation counts, and of a replica, which
-does several things beside each other, only the first of all. What it does beside other things is counted by its own
-name. So a run has the same boundaries every time, unless a replica has to be synced once more. A launcher looks at
-many things over and over: of each thing that it does to a file or a process of that name, the first counts.
+A boundary is "before" or "after" the n-th operation of a name. Reads, signs of life and asking again repeat while a
+process waits, as often as time has it; of those, only the first after each other operation counts, and of a replica,
+which does several things beside each other, only the first of all. So a run has the same boundaries every time, but for
+those of a replica that has to be synced once more. A launcher looks at many things over and over: of each thing that it
+does to a file or a process of that name, the first counts.
 """
 
 import os
@@ -43,7 +43,7 @@ class Boundaries:
         self._names = os.open(names, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._kill_at = kill_at
         self._seen: set[str] = set()
-        self._operations = 0
+        self._last = "the start"
         self._does_one_thing_at_a_time = True
         self._only_first_of_a_name = False
         self._process = os.getpid()  # what is forked from here passes no boundaries
@@ -98,15 +98,15 @@ class Boundaries:
 
     def _enter(self, label: str) -> str:
         """Passes the boundary before an operation; answers what the operation is called."""
-        operation = f"{label} @{self._operations}" if self._does_one_thing_at_a_time else label
         if self._only_first_of_a_name:
             operation = label
-        elif label.startswith(BESIDE_EACH_OTHER):
+        elif label.startswith(REPEATED):
+            operation = f"{label} after {self._last}" if self._does_one_thing_at_a_time else label
+        else:
             self._of_name[label] += 1
             operation = f"{label} #{self._of_name[label]}"
-        elif not label.startswith(REPEATED):
-            self._operations += 1
-            operation = f"{label} @{self._operations}"
+            if not label.startswith(BESIDE_EACH_OTHER):
+                self._last = operation
         self._pass("before", operation)
         return operation
 

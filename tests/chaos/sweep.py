@@ -12,8 +12,8 @@ from tests.chaos.boundaries import Boundaries
 from tests.chaos.forked import Forked
 from tests.chaos.services_of_a_run import LONGEST_S, Services
 
-ATTEMPTS = 3
-"""Runs in which a boundary is looked for."""
+ATTEMPTS = 10
+"""Runs in which a boundary is looked for: what is done by the clock, signs of life for example, is not in each."""
 POLL_S = 0.02
 
 
