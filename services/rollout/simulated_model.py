@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retort.config import RunConfig
+from retort.lora import MergedWeights
 from retort.rollouts import SamplingParameters
 from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
 from services.rollout.engine import Sampled
@@ -32,6 +33,7 @@ class SimulatedModel(SimulatedEngine):
         super().__init__(TokenTime(STEP_S, 0.0), limit, Lengths(0.0, 0.0), transfer_s=0.0)
         dtype = getattr(torch, config.model.dtype)
         self._model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+        self._base = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._answers = [
             [*tokenizer.encode(f"<answer>{letter}</answer>", add_special_tokens=False), tokenizer.eos_token_id]
@@ -72,6 +74,10 @@ class SimulatedModel(SimulatedEngine):
             for tensors, digest in receive(group, manifest, torch.device("cpu"), request.deadline_s):
                 self._received |= dict(tensors)
                 digests.append(digest)
+        if manifest.lora_base:
+            merged = MergedWeights(manifest.lora_base, self._base.items(), self._received, torch.device("cpu"))
+            self._received = dict(merged)
+            digests.append(merged.base_digest)
         return digests
 
     @torch.no_grad()

@@ -4,8 +4,8 @@ vLLM loads `register` in every process it starts (entry point group `vllm.genera
 """
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,8 +15,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from retort.lora import MergedWeights
 from retort.telemetry import die_with_parent
 from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
 
@@ -69,10 +72,25 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
         request = TransferRequest.from_bytes(update_info.request)
         manifest = WeightManifest.from_bytes(update_info.manifest)
         load_weights = cast(Callable[[Iterable[tuple[str, Tensor]]], object], self.model.load_weights)
+        adapters: dict[str, Tensor] = {}
         with self._membership.of(request, self.parallel_config.rank) as group:
             for tensors, digest in receive(group, manifest, self.device, request.deadline_s):
-                load_weights(iter(tensors))
+                if manifest.lora_base:
+                    adapters |= dict(tensors)
+                else:
+                    load_weights(iter(tensors))
                 self.digests.append(digest)
+        if manifest.lora_base:
+            merged = MergedWeights(manifest.lora_base, self._files(), adapters, self.device)
+            load_weights(iter(merged))
+            self.digests.append(merged.base_digest)
+
+    def _files(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as the model's files hold them, of which vLLM keeps nothing."""
+        quiet = replace(self.vllm_config.load_config, use_tqdm_on_load=False)
+        loader = get_model_loader(quiet)
+        assert isinstance(loader, DefaultModelLoader), f"{type(loader).__name__} does not read safetensors"
+        yield from loader.get_all_weights(self.model_config, self.model)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

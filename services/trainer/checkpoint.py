@@ -43,6 +43,8 @@ class Saved:
     version: int
     ranks: int
     optimizer_steps: int
+    adapters: str = ""
+    """Of which adapters on which base the policy consists; empty: of all weights."""
 
 
 class Checkpoints:
@@ -85,7 +87,7 @@ class Checkpoints:
             _sync(file)
         dist.barrier()
         if policy.rank == 0:
-            state = Saved(policy.version, policy.ranks, _optimizer_steps(policy))
+            state = Saved(policy.version, policy.ranks, _optimizer_steps(policy), _adapters(policy))
             _write(unfinished / "state.json", json.dumps(state.__dict__))
             digests = {file.name: _digest(file) for file in sorted(unfinished.iterdir())}
             _write(unfinished / MANIFEST, json.dumps(digests, indent=1))
@@ -120,6 +122,12 @@ class Checkpoints:
             )
         directory = Path(name)
         state = Saved(**json.loads((directory / "state.json").read_text()))
+        if state.adapters != _adapters(policy):
+            raise ConfigError(
+                f"{directory} holds {state.adapters or 'all weights'}, and this run trains "
+                f"{_adapters(policy) or 'all weights'}. Set [lora] and model.path as they were, or start under "
+                "another name."
+            )
         _restore(policy, teacher, directory, state)
         policy.version = state.version
         return True
@@ -170,6 +178,10 @@ def _named_shards(policy: Policy, teacher: Teacher) -> Iterator[tuple[str, Tenso
     for name, parameter in zip(policy.names, parameters, strict=True):
         for moment in MOMENTS if parameter in policy.optimizer.state else ():
             yield f"{moment}.{name}", local(policy.optimizer.state[parameter][moment]).cpu().contiguous()
+
+
+def _adapters(policy: Policy) -> str:
+    return policy.adapters.description if policy.adapters else ""
 
 
 def _optimizer_steps(policy: Policy) -> int:

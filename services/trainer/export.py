@@ -4,7 +4,8 @@
          step-000010/  step-000020/ ...        the policy after every `checkpoint.every` steps
          best_avg16/                           the policy with the best validation so far
 
-Each is whole or absent. The weights say in their header what they are, so that one rename replaces both.
+Each is whole or absent. The weights say in their header what they are, so that one rename replaces both. Of a policy
+of adapters it is what they and their base add up to; `adapter/` in each has them alone, as peft reads them.
 """
 
 import contextlib
@@ -15,21 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from retort.config import RunConfig
+from retort.config import ConfigError, RunConfig
 from retort.disk import writing
-from retort.weight_sync import Snapshot
+from retort.lora import MergedWeights
+from retort.weight_sync import LoraBase, Snapshot
 from services.trainer.fence import Fence
+from services.trainer.lora import peft_config
+from services.trainer.policy import load_language_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "model.safetensors"
 ROOT = "."
+ADAPTER = "adapter"
+_PEFT_PREFIX = "base_model.model."
+"""What peft's files have before the names of the model that it is put around."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,29 @@ class Exports:
 
     def _export(self, snapshot: Snapshot, place: str, score: float | None) -> None:
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.tensors()}
+        adapters: dict[str, Tensor] = {}
+        if snapshot.manifest.lora_base:
+            adapters, tensors = tensors, self._merged(snapshot.manifest.lora_base, tensors, snapshot.digests[-1])
         export = Exported(snapshot.version, score)
         with self._fence.held() if self._fence else contextlib.nullcontext():
             directory = hf_directory(self._config) / place
             with writing(directory, draft=_unfinished(self._config)):
-                write_model(directory, tensors, self._config, self._tokenizer, export)
+                write_model(directory, tensors, self._config, self._tokenizer, export, adapters)
             if self._write_card:
                 with writing(hf_directory(self._config)):
                     self._write_card()
+
+    def _merged(self, base: LoraBase, adapters: dict[str, Tensor], base_digest: int) -> dict[str, Tensor]:
+        """What replicas make of the adapters. Raises ConfigError when the base's files are others by now."""
+        files = load_language_model(self._config.model).named_parameters()
+        merged = MergedWeights(base, ((name, weight.detach()) for name, weight in files), adapters, torch.device("cpu"))
+        tensors = dict(merged)
+        if merged.base_digest != base_digest:
+            raise ConfigError(
+                f"model.path = {self._config.model.path!r} does not hold the weights any more with which the trainer "
+                "started, so the adapters cannot be merged into them. Put them back and resume."
+            )
+        return tensors
 
 
 def write_model(
@@ -130,8 +153,12 @@ def write_model(
     config: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     export: Exported,
+    adapters: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a model whole or not at all; one that is there is replaced at once."""
+    """Write a model whole or not at all; one that is there is replaced at once.
+
+    `adapters`: what it was merged from, if it was.
+    """
     unfinished = _unfinished(config)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -141,8 +168,11 @@ def write_model(
     GenerationConfig.from_model_config(model_config).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     save_file(tensors, unfinished / WEIGHTS, metadata=_header(export))
-    # safetensors writes for its owner alone; who may read the other files may read the weights.
-    shutil.copymode(unfinished / "config.json", unfinished / WEIGHTS)
+    if adapters:
+        _write_adapters(unfinished / ADAPTER, adapters, config, export)
+    for file in unfinished.rglob("*.safetensors"):
+        # safetensors writes for its owner alone; who may read the other files may read the weights.
+        shutil.copymode(unfinished / "config.json", file)
     files = sorted((path for path in unfinished.rglob("*") if path.is_file()), key=lambda path: path.name == WEIGHTS)
     for file in files:
         with file.open("rb") as stream:
@@ -150,9 +180,19 @@ def write_model(
     if not directory.exists():
         unfinished.rename(directory)
         return
-    # All but the weights is the same at every step of a run, so the last rename is the one that counts.
+    # All but the weights is the same at every step of a run, so the last rename is the one that counts. Adapters are
+    # not; those that a crash left beside older weights say so in their header.
     for file in files:
         place = directory / file.relative_to(unfinished)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.replace(place)
     shutil.rmtree(unfinished)
+
+
+def _write_adapters(directory: Path, adapters: dict[str, Tensor], config: RunConfig, export: Exported) -> None:
+    described = peft_config(config.lora)
+    described.base_model_name_or_path = config.model.path
+    described.inference_mode = True
+    described.save_pretrained(str(directory))
+    named = {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in adapters.items()}
+    save_file(named, directory / "adapter_model.safetensors", metadata=_header(export))

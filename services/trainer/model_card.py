@@ -84,7 +84,7 @@ Data source: {sources}. {separation}
 
 {parts}
 
-All parameters are trained. The reward of a completion is what the checker `{checker}` gives it. Rollout correction:
+{trained} The reward of a completion is what the checker `{checker}` gives it. Rollout correction:
 token-level importance sampling, threshold {threshold:g}. Retort's docs/algorithm.md has the formulas.
 
 ## Hyperparameters
@@ -180,6 +180,7 @@ class ModelCard:
             sources=", ".join(f"`{source}`" for source in self._sources),
             separation=self._separation,
             parts=_table(["Part", "Value"], [[part, f"`{value}`"] for part, value in parts]),
+            trained=_trained(config),
             checker=config.data.checker,
             threshold=config.method.max_rollout_ratio,
             hyperparameters=_hyperparameters(config),
@@ -266,6 +267,17 @@ def _front_matter(config: RunConfig) -> str:
         front = re.match(r"---\n(.*?)\n---\n", (base / "README.md").read_text(encoding="utf-8"), re.DOTALL)
         fields += re.findall(r"^license(?:_name|_link)?: .+$", front[1], re.MULTILINE) if front else []
     return "\n".join([*fields, f"tags: [reinforcement-learning, {config.method.name}]"])
+
+
+def _trained(config: RunConfig) -> str:
+    lora = config.lora
+    if not lora.rank:
+        return "All parameters are trained."
+    return (
+        f"Adapters of rank {lora.rank} (LoRA, alpha {lora.alpha:g}) are trained, on "
+        f"{', '.join(lora.targets) or 'every linear layer of the blocks'}; here they are merged into the base, and "
+        f"`adapter/` holds them alone."
+    )
 
 
 def _hyperparameters(config: RunConfig) -> str:

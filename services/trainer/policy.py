@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.lora import Adapters, checkpoint_name
 from services.trainer.operations import ModelCost, finish, peak_rate
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
@@ -36,12 +37,18 @@ class Policy:
         *,
         dtype: torch.dtype,
         temperature: float,
+        adapters: Adapters | None = None,
     ) -> None:
+        """`adapters`: those that the model was given; without them all of its weights are trained."""
         self.version = 0
+        self.adapters = adapters
         self.device = torch.device(mesh.device_type)
         self.rank, self.ranks = mesh.get_rank(), mesh.size()
-        self.names = [name for name, _ in language_model.named_parameters()]
-        self.specs = [(name, list(parameter.shape)) for name, parameter in language_model.named_parameters()]
+        trained = [
+            (name, parameter) for name, parameter in language_model.named_parameters() if parameter.requires_grad
+        ]
+        self.specs = [(checkpoint_name(name), list(parameter.shape)) for name, parameter in trained]
+        self.names = [name for name, _ in self.specs]
         self._dtype = dtype
         self._temperature = temperature
         self._token_budget = config.micro_batch_tokens
@@ -53,7 +60,7 @@ class Policy:
             language_model.train()  # transformers loads a model for inference, and then would not checkpoint
         self.model = _shard(PolicyModel(language_model), mesh, dtype)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -62,16 +69,19 @@ class Policy:
         )
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's shards, in the order of `names`. Tied tensors appear once, as in the checkpoint."""
-        return list(self.model.parameters())
+        """This rank's shards of what is trained, in the order of `names`.
+
+        Tied tensors appear once, as in the checkpoint.
+        """
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def local_shards(self) -> list[Tensor]:
         """The float32 memory of this rank's shards; writing to it changes the policy."""
-        return [local(parameter.detach()) for parameter in self.model.parameters()]
+        return [local(parameter.detach()) for parameter in self.parameters()]
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) one at a time, gathered from all ranks; names as in the checkpoint."""
-        for name, parameter in zip(self.names, self.model.parameters(), strict=True):
+        """(name, whole tensor) of all that is trained, one at a time, gathered from all ranks; names as in files."""
+        for name, parameter in zip(self.names, self.parameters(), strict=True):
             value = parameter.detach()
             yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -117,7 +127,8 @@ class Policy:
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """[N] log-probs of the micro-batch's completion tokens at the sampling temperature, with their gradient."""
-        self._count(micro_batch, passes=3)
+        # What is frozen has no gradient of its own: half of a backward pass.
+        self._count(micro_batch, passes=2 if self.adapters else 3)
         scores: TokenScores = self.model(micro_batch, self._temperature)
         return scores.logprobs
 
@@ -131,11 +142,11 @@ class Policy:
 
         A norm that is not finite means that nothing was changed.
         """
-        for parameter in self.model.parameters():
+        for parameter in self.parameters():
             if parameter.grad is None:
                 # A whole update without advantages: Adam still decays its moments and the weights.
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self._max_grad_norm)
         grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         if math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
@@ -157,7 +168,7 @@ class Policy:
         return peak_rate(self.device, self._dtype)
 
     def _count(self, micro_batch: MicroBatch, *, passes: int) -> None:
-        """Note a pass; forward and backward are as much work as three."""
+        """Note so many forward passes' worth of work; forward and backward of all weights are as much as three."""
         predicted = len(micro_batch.targets)
         operations = passes * self._cost.forward(micro_batch.sequence_lengths, predicted) if micro_batch.rows else 0.0
         self._work.add(micro_batch, operations, self._token_budget)

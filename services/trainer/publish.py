@@ -16,7 +16,9 @@ class WeightPublisher:
     ) -> None:
         self._sender = sender
         specs = [TensorSpec(name=name, shape=shape, dtype=config.model.dtype) for name, shape in policy.specs]
-        self._manifest = WeightManifest.of(specs, int(config.weight_sync.bucket_mib * 2**20))
+        self._adapters = policy.adapters
+        lora_base = policy.adapters.base if policy.adapters else None
+        self._manifest = WeightManifest.of(specs, int(config.weight_sync.bucket_mib * 2**20), lora_base)
         self._probe_ids = list(probe_ids)
 
     @property
@@ -40,5 +42,7 @@ class WeightPublisher:
             for _ in tensors:
                 pass  # takes this rank's part in gathering each tensor
             return
-        self._sender.publish(Snapshot.take(policy.version, self._manifest, tensors), probe)
+        base_digest = self._adapters.base_digest if self._adapters else None
+        snapshot = Snapshot.take(policy.version, self._manifest, tensors, base_digest=base_digest)
+        self._sender.publish(snapshot, probe)
         self._sender.sync()

@@ -292,11 +292,18 @@ class WeightSender:
 
 
 def _digest_problem(reply: TransferReply, snapshot: Snapshot) -> str:
+    buckets = len(snapshot.buckets)
     for worker, digests in enumerate(reply.digests):
-        if digests != snapshot.digests:
-            wrong = [i for i, pair in enumerate(zip(digests, snapshot.digests, strict=False)) if pair[0] != pair[1]]
+        if digests[:buckets] != snapshot.digests[:buckets]:
+            pairs = zip(digests[:buckets], snapshot.digests, strict=False)
+            wrong = [number for number, (theirs, ours) in enumerate(pairs) if theirs != ours]
             return (
-                f"worker {worker} received {len(digests)} of {len(snapshot.digests)} buckets, "
+                f"worker {worker} received {min(len(digests), buckets)} of {buckets} buckets, "
                 f"with other bytes than were sent in buckets {wrong}"
+            )
+        if digests != snapshot.digests:
+            return (
+                f"worker {worker} received the adapters, but added them to another base than the trainer's: its "
+                "model.path does not hold the same weights"
             )
     return ""

@@ -8,7 +8,7 @@ import copy
 import json
 import shutil
 import uuid
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,9 @@ from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM
 
 from retort.config import load_config
+from retort.lora import base_digest
 from retort.rollouts import SamplingParameters
-from retort.weight_sync import Snapshot, TensorSpec, TransferRequest, WeightManifest, open_process_group, send
+from retort.weight_sync import LoraBase, Snapshot, TensorSpec, TransferRequest, WeightManifest, open_process_group, send
 from services.rollout.engine import Sampled
 
 pytestmark = pytest.mark.timeout(400)
@@ -89,8 +90,27 @@ class Served:
         """What the trainer does, with the model's weights as the next version."""
         self.version += 1
         tensors = [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
-        specs = [TensorSpec(name=name, shape=list(tensor.shape), dtype="float32") for name, tensor in tensors]
-        snapshot = Snapshot.take(self.version, WeightManifest.of(specs, bucket_bytes=2**19), tensors)
+        specs = float_specs(dict(tensors))
+        await self._send(Snapshot.take(self.version, WeightManifest.of(specs, bucket_bytes=2**19), tensors))
+
+    async def sync_adapters(self, seed: int) -> None:
+        """The same with random adapters of rank 2 for the shipped weights, of which the model gets the sum."""
+        self.version += 1
+        self.reset()
+        generator = torch.Generator().manual_seed(seed)
+        adapters = {}
+        for name, weight in self.model.named_parameters():
+            if "_proj" in name:
+                a, b = (torch.randn(shape, generator=generator) for shape in ((2, weight.shape[1]), (len(weight), 2)))
+                layer = name.removesuffix("weight")
+                adapters |= {f"{layer}lora_A.weight": a, f"{layer}lora_B.weight": b}
+                weight.data += 0.05 * (b @ a)
+        base = LoraBase(tensors=float_specs(self.shipped), scale=0.05)
+        manifest = WeightManifest.of(float_specs(adapters), 2**14, base)
+        digest = base_digest(base.tensors, self.shipped)
+        await self._send(Snapshot.take(self.version, manifest, adapters.items(), base_digest=digest))
+
+    async def _send(self, snapshot: Snapshot) -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         request = TransferRequest(
             epoch=1,
@@ -127,6 +147,10 @@ class Served:
         ids = torch.tensor(sampled.completion_ids)
         reference = self.logits(prompt_ids, sampled.completion_ids).log_softmax(-1)[torch.arange(len(ids)), ids]
         return float((reference - torch.tensor(sampled.logprobs)).abs().max())
+
+
+def float_specs(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name=name, shape=list(tensor.shape), dtype="float32") for name, tensor in tensors.items()]
 
 
 def broadcast(store: TCPStore, request: TransferRequest, snapshot: Snapshot) -> None:
@@ -185,6 +209,15 @@ def test_after_every_kind_of_parameter_changed_log_probs_equal_those_of_transfor
     for sampled in served.wait(served.sample(PROMPT, range(8))):
         assert served.gap(sampled) < TOLERANCE
         assert sampled.policy_versions == [served.version] * len(sampled.completion_ids)
+
+
+def test_of_adapters_alone_the_engine_makes_their_sum_with_the_files_version_after_version(served: Served) -> None:
+    """Whatever it served before: here first weights of which none is that of the files."""
+    served.change(*KINDS)
+    served.wait(served.sync())
+    for seed in (1, 2):
+        served.wait(served.sync_adapters(seed))
+        assert max(served.gap(sampled) for sampled in served.wait(served.sample(PROMPT, range(4)))) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["embed_tokens", "q_norm", "gate_proj"])

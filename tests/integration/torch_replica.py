@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from retort.lora import MergedWeights
 from retort.weight_sync import Membership, TransferRequest, WeightManifest, bucket_digest, receive
 from tests.integration.queue_run import Run
 from tests.integration.replica import Replica
@@ -19,8 +20,14 @@ class TorchEngine:
 
     num_workers = 1
 
-    def __init__(self, corrupt: Callable[[int, Tensor], None], load_as: Callable[[Weights], Weights]) -> None:
+    def __init__(
+        self,
+        corrupt: Callable[[int, Tensor], None],
+        load_as: Callable[[Weights], Weights],
+        files: Callable[[], Weights],
+    ) -> None:
         self.model = a_language_model(99, dtype=torch.float32, attention="sdpa")
+        self._files = files
         self._corrupt = corrupt
         self._load_as = load_as
         self._received: Weights = {}
@@ -42,6 +49,10 @@ class TorchEngine:
                 self._corrupt(number, bucket)
                 digests.append(bucket_digest(bucket))
                 self._received |= dict(tensors)
+        if manifest.lora_base:
+            merged = MergedWeights(manifest.lora_base, self._files().items(), self._received, torch.device("cpu"))
+            self._received = dict(merged)
+            digests.append(merged.base_digest)
         return digests
 
     async def load(self, version: int) -> None:
@@ -81,6 +92,8 @@ class TorchReplica(Replica):
         *,
         corrupt: Callable[[int, Tensor], None] = untouched,
         load_as: Callable[[Weights], Weights] = lambda weights: weights,
+        files: Callable[[], Weights] = dict,
         silent_at: str = "",
     ) -> None:
-        super().__init__(run, name, TorchEngine(corrupt, load_as), silent_at=silent_at)
+        """`files`: what the model's files hold, to which adapters are added."""
+        super().__init__(run, name, TorchEngine(corrupt, load_as, files), silent_at=silent_at)

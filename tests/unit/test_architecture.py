@@ -13,7 +13,18 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("rollout", "reward", "trainer")
-SHARED = ("config", "rollouts", "queues", "weight_sync", "telemetry", "identity", "tokens", "unpickling", "proto")
+SHARED = (
+    "config",
+    "rollouts",
+    "queues",
+    "weight_sync",
+    "lora",
+    "telemetry",
+    "identity",
+    "tokens",
+    "unpickling",
+    "proto",
+)
 """What the services agree on. The rest of `retort/` is the command line and the client for outsiders."""
 
 READ_OUTSIDE = ("questions", "metrics_file", "disk")

@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 84
+MOST_FIELDS = 87
 
 
 @pytest.fixture

@@ -222,3 +222,21 @@ def test_a_licence_is_the_base_models_or_left_out(tmp_path: Path) -> None:
     (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n\nlicense: of something else\n")
     front = card_of(config).split("---\n")[1]
     assert re.findall("license.*", front) == ["license: apache-2.0"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({}, "All parameters are trained."),
+        (
+            {"rank": 8, "alpha": 16.0},
+            "Adapters of rank 8 (LoRA, alpha 16) are trained, on every linear layer of the blocks;",
+        ),
+        ({"rank": 8, "targets": ["q_proj", "v_proj"]}, "are trained, on q_proj, v_proj; here they are merged"),
+    ],
+)
+def test_the_card_says_what_was_trained(tmp_path: Path, lora: dict[str, Any], said: str) -> None:
+    config = a_run(tmp_path, lora=lora)
+    measured(config, {0: 0.25})
+    a_model(config, ".", 3, None, 1.0)
+    assert said in section(card_of(config), "Method").replace("\n", " ")
