@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.blocks import checkpoint_blocks, compile_blocks
 from services.trainer.operations import ModelCost, finish, peak_rate
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
@@ -49,8 +50,9 @@ class Policy:
         self._work = Work()
         self._max_grad_norm = config.max_grad_norm
         if config.activation_checkpointing:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            language_model.train()  # transformers loads a model for inference, and then would not checkpoint
+            checkpoint_blocks(language_model.model.layers)
+        if config.compile != "none":
+            compile_blocks(language_model.model.layers, config.compile)
         self.model = _shard(PolicyModel(language_model), mesh, dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
