@@ -26,6 +26,7 @@ DEPLOYMENT = {
     "micro_batch_tokens",
     "activation_checkpointing",
     "compile",
+    "offload",
     "max_logprob_gap",
     "deterministic",
 }

@@ -125,6 +125,10 @@ class TrainerConfig(Config):
     compile: Literal["none", "inductor", "aot_eager"] = "none"
     """Compile the decoder blocks with `torch.compile`, in the first step and anew after every start. Needs a C++
     compiler. `aot_eager` only traces them: to find out which part of compiling is at fault."""
+    offload: list[Literal["teacher", "optimizer"]] = []
+    """What lies in the host's memory while a GPU does not use it; results keep their bits. Of bytes x parameters /
+    ranks, `teacher` frees 4 and copies 16 whenever it scores and 8 as it follows; `optimizer` frees 8 (Adam's moments)
+    and copies 16 an update."""
     max_logprob_gap: PositiveFloat = 0.5
     """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
     score_idle_rows: bool = False

@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 from retort.config import ConfigError, RunConfig
@@ -37,6 +35,9 @@ def start_compiler(config: RunConfig, device: torch.device) -> None:
     backend = config.trainer.compile
     if backend == "none":
         return
+    import torch._inductor.config as inductor
+    from torch._dynamo.exc import BackendCompilerFailed
+
     if device.type == "cuda" and config.model.dtype == "float32":
         raise ConfigError(f"trainer.compile = {backend!r} needs model.dtype = 'bfloat16' on a GPU.")
     # Else this process would read pickles: what was compiled before, and what compiling processes answer.

@@ -19,10 +19,11 @@ from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
 from services.trainer.blocks import checkpoint_blocks, compile_blocks
+from services.trainer.host_memory import HostAdamW
 from services.trainer.operations import ModelCost, finish, peak_rate
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
-from services.trainer.weight_copy import WeightCopy
+from services.trainer.weight_copy import WeightCopy, local
 from services.trainer.work import Work
 
 
@@ -54,7 +55,8 @@ class Policy:
         if config.compile != "none":
             compile_blocks(language_model.model.layers, config.compile)
         self.model = _shard(PolicyModel(language_model), mesh, dtype)
-        self.optimizer = torch.optim.AdamW(
+        adamw = HostAdamW if "optimizer" in config.offload else torch.optim.AdamW
+        self.optimizer = adamw(
             self.model.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.999),
@@ -163,11 +165,6 @@ class Policy:
         predicted = len(micro_batch.targets)
         operations = passes * self._cost.forward(micro_batch.sequence_lengths, predicted) if micro_batch.rows else 0.0
         self._work.add(micro_batch, operations, self._token_budget)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_language_model(config: ModelConfig) -> PreTrainedModel:

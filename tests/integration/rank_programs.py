@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from retort.config import MethodConfig, RunConfig, TrainerConfig
 from retort.rollouts import RolloutGroup
 from services.trainer.batch import StepBatch, assemble
-from services.trainer.checkpoint import MOMENTS, Checkpoints
+from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
+from services.trainer.host_memory import MOMENTS
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
 from services.trainer.publish import WeightPublisher
@@ -199,6 +200,23 @@ def train_and_save(directory: Path) -> dict[str, Arrays]:
     policy.version = 7
     Checkpoints(directory, keep_last=2).save(policy, teacher)
     return training_state(policy, teacher)
+
+
+def train_with_restarts(directory: Path, offload: Sequence[str]) -> None:
+    """Three steps, teacher included, each by a trainer that begins with the checkpoint of the one before."""
+    shapes = [Shape(2, 5, 0.75, True), Shape(3, 4, -0.25, True), Shape(1, 1, 0.5, False)]
+    for version in (1, 2, 3):
+        policy = a_policy(offload=offload)
+        teacher = Teacher(policy, on_host="teacher" in offload)
+        checkpoints = Checkpoints(directory, keep_last=1)
+        checkpoints.load(policy, teacher)
+        for seed in (0, 1):
+            batch = a_random_step(shapes, seed)
+            batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts, teacher)
+            update_policy(policy, batch, [0, 1, 2], MethodConfig(), learning_rate=1e-2)
+        teacher.follow(policy, rate=0.05, finite_updates=2)
+        policy.version = version
+        checkpoints.save(policy, teacher)
 
 
 def load(directory: Path) -> tuple[bool, int, dict[str, Arrays]]:

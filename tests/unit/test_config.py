@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 85
+MOST_FIELDS = 86
 
 
 @pytest.fixture
