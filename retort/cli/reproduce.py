@@ -21,7 +21,15 @@ from retort.config import ConfigError, DataConfig, RunConfig, load_config
 
 DECIDING = ("trainer", "sampling", "method", "validation")
 """Tables of the run file whose keys decide the result."""
-DEPLOYMENT = {"ranks", "micro_batch_tokens", "activation_checkpointing", "max_logprob_gap", "deterministic"}
+DEPLOYMENT = {
+    "ranks",
+    "micro_batch_tokens",
+    "activation_checkpointing",
+    "compile",
+    "offload",
+    "max_logprob_gap",
+    "deterministic",
+}
 """Keys of `trainer` that do not."""
 
 

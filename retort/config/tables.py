@@ -132,6 +132,13 @@ class TrainerConfig(Config):
     """Tokens per forward and backward pass and rank; one longer row makes a micro-batch of its own."""
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    """Compile the decoder blocks with `torch.compile`, in the first step and anew after every start. Needs a C++
+    compiler. `aot_eager` only traces them: to find out which part of compiling is at fault."""
+    offload: list[Literal["teacher", "optimizer"]] = []
+    """What lies in the host's memory while a GPU does not use it; results keep their bits. Of bytes x parameters /
+    ranks, `teacher` frees 4 and copies 16 whenever it scores and 8 as it follows; `optimizer` frees 8 (Adam's moments)
+    and copies 16 an update."""
     max_logprob_gap: PositiveFloat = 0.5
     """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
     score_idle_rows: bool = False
@@ -284,6 +291,11 @@ class RunConfig(Config):
         if self.trainer.deterministic and self.trainer.update_order == "arrival":
             raise ValueError(
                 "trainer.deterministic = true needs another trainer.update_order than 'arrival', which depends on time"
+            )
+        if self.trainer.deterministic and self.trainer.compile == "inductor":
+            raise ValueError(
+                "trainer.deterministic = true needs another trainer.compile than 'inductor', whose code depends on the "
+                "micro-batch that came first"
             )
         if self.sampling.max_completion_tokens >= self.model.max_length:
             raise ValueError(

@@ -68,7 +68,7 @@ def run(config: RunConfig) -> int:
         work = make_work(config, tokenizer)
         _check_fit(config, work)
         policy = make_policy(config)
-        teacher = Teacher(policy)
+        teacher = Teacher(policy, on_host="teacher" in config.trainer.offload)
         fence = Fence(config.directory / "epoch", config.timeouts.startup_s) if is_first else None
         # Before anything is read: a trainer that is still alive must not commit another checkpoint after that.
         queue = _take_over(config, fence) if fence else None

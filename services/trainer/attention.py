@@ -6,7 +6,6 @@ called once for each, so that nothing is computed for padding: laid side by side
 the longest each.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from services.trainer.opaque_attention import attend_opaquely
 
 PACKED_ATTENTION = "retort_packed"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -29,19 +30,23 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sequence_lengths: Sequence[int],
     sequence_bounds: Tensor,
+    longest_sequence: int,
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence; the lengths add up to T.
+    """Causal attention within each sequence, of which the longest has so many tokens.
 
     query [1, heads, T, d], key and value [1, kv_heads, T, d], sequence_bounds [S + 1] -> [1, T, heads, d]
     """
     assert attention_mask is None
     if query.is_cuda and query.dtype in KERNEL_DTYPES:
-        return attend_at_once(query, key, value, sequence_bounds, max(sequence_lengths), scaling), None
-    sizes = list(sequence_lengths)
+        return attend_at_once(query, key, value, sequence_bounds, longest_sequence, scaling), None
+    if torch.compiler.is_compiling():
+        copies = query.shape[1] // key.shape[1]
+        heads = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
+        return attend_opaquely(query, *heads, sequence_bounds, scaling)[0].transpose(1, 2), None
+    sizes = sequence_bounds.diff().tolist()
     sequences = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out = [F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in sequences]
     return torch.cat(out, 2).transpose(1, 2), None

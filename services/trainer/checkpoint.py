@@ -28,12 +28,13 @@ from retort.config import ConfigError
 from retort.disk import writing
 from retort.telemetry import log_event
 from services.trainer.fence import Fence
-from services.trainer.policy import Policy, local
+from services.trainer.host_memory import MOMENTS, zero_moment
+from services.trainer.policy import Policy
 from services.trainer.ranks import broadcast_bytes
 from services.trainer.teacher import Teacher
+from services.trainer.weight_copy import local
 
 MANIFEST = "MANIFEST.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,12 @@ def _restore(policy: Policy, teacher: Teacher, directory: Path, state: Saved) ->
         own.copy_(read("policy"))
         average.copy_(read("teacher"))
         if state.optimizer_steps:
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            moments = {moment: zero_moment(policy.optimizer, parameter) for moment in MOMENTS}
             for moment, tensor in moments.items():
                 local(tensor).copy_(read(moment))
-            policy.optimizer.state[parameter] = {"step": torch.tensor(float(state.optimizer_steps)), **moments}
+            # On the device: fused Adam reads it there.
+            steps = torch.tensor(float(state.optimizer_steps), device=own.device)
+            policy.optimizer.state[parameter] = {"step": steps, **moments}
 
 
 def _rows(shape: list[int], rank: int, ranks: int) -> tuple[int, int]:

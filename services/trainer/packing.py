@@ -75,7 +75,8 @@ def pack(
     device: torch.device,
 ) -> MicroBatch:
     """Pack the given completions, each behind its prompt. `prompts` and `completions` are those of the whole step."""
-    sequences = [[*(prompts[row] or ()), *completions[row]] for row in rows] or [[0]]
+    # Without rows two tokens, because a compiled block has code of its own for a single one.
+    sequences = [[*(prompts[row] or ()), *completions[row]] for row in rows] or [[0, 0]]
     lengths = [len(sequence) for sequence in sequences]
     predicting: list[int] = []
     start = 0

@@ -15,6 +15,7 @@ from retort.questions import questions_of
 from retort.rollouts import RolloutGroup
 from services.trainer.admission import WorkList
 from services.trainer.batch import StepBatch, assemble
+from services.trainer.blocks import start_compiler
 from services.trainer.lora import add_adapters
 from services.trainer.policy import Policy, load_language_model
 from services.trainer.prompts import encode_prompt
@@ -29,7 +30,9 @@ def make_work(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> WorkList
 
 def make_policy(config: RunConfig) -> Policy:
     """Version 0, sharded over the ranks."""
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start_compiler(config, device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = getattr(torch, config.model.dtype)
     language_model = load_language_model(config.model)
     adapters = add_adapters(language_model, config.lora, dtype=dtype, seed=config.seed) if config.lora.rank else None

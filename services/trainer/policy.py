@@ -18,11 +18,13 @@ from transformers.utils import logging as transformers_logging
 from retort.config import ConfigError, ModelConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.blocks import checkpoint_blocks, compile_blocks
+from services.trainer.host_memory import HostAdamW
 from services.trainer.lora import Adapters, checkpoint_name
 from services.trainer.operations import ModelCost, finish, peak_rate
 from services.trainer.packing import MicroBatch, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
-from services.trainer.weight_copy import WeightCopy
+from services.trainer.weight_copy import WeightCopy, local
 from services.trainer.work import Work
 
 
@@ -56,10 +58,12 @@ class Policy:
         self._work = Work()
         self._max_grad_norm = config.max_grad_norm
         if config.activation_checkpointing:
-            language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            language_model.train()  # transformers loads a model for inference, and then would not checkpoint
+            checkpoint_blocks(language_model.model.layers)
+        if config.compile != "none":
+            compile_blocks(language_model.model.layers, config.compile)
         self.model = _shard(PolicyModel(language_model), mesh, dtype)
-        self.optimizer = torch.optim.AdamW(
+        adamw = HostAdamW if "optimizer" in config.offload else torch.optim.AdamW
+        self.optimizer = adamw(
             self.parameters(),
             lr=config.learning_rate,
             betas=(0.9, 0.999),
@@ -172,11 +176,6 @@ class Policy:
         predicted = len(micro_batch.targets)
         operations = passes * self._cost.forward(micro_batch.sequence_lengths, predicted) if micro_batch.rows else 0.0
         self._work.add(micro_batch, operations, self._token_budget)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_language_model(config: ModelConfig) -> PreTrainedModel:

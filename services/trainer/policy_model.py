@@ -36,8 +36,8 @@ class PolicyModel(nn.Module):
         hidden = self.language_model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            sequence_lengths=batch.sequence_lengths,
             sequence_bounds=batch.sequence_bounds,
+            longest_sequence=max(batch.sequence_lengths),
             use_cache=False,
         ).last_hidden_state[0]
         head = self.language_model.lm_head.weight

@@ -70,7 +70,7 @@ def replay(config: RunConfig, step: int, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         work = make_work(config, tokenizer)
         policy = make_policy(config)
-        teacher = Teacher(policy)
+        teacher = Teacher(policy, on_host="teacher" in config.trainer.offload)
         checkpoints = Unchanged(config.directory / "checkpoints", config.checkpoint.keep_last)
         checkpoints.load(policy, teacher, before=step)
         result = Result(policy.version)

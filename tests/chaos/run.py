@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from retort.cli.doctor import Diagnosis, diagnose, gather
 from retort.cli.process_table import open_redis
-from retort.config import RunConfig, dump_config
+from retort.config import ConfigError, RunConfig, dump_config
 from retort.queues import RunView
 from retort.queues.protocol import Keys
 from services.trainer.admission import data_indices
@@ -141,6 +141,13 @@ class ChaosRun(LaunchedRun):
     def diagnosis(self) -> Diagnosis:
         """What `retort doctor` says."""
         return diagnose(replace(gather(self.directory), now=self.now()))
+
+    def doctor(self) -> str:
+        """What it prints; before the first status of the run that is an error."""
+        try:
+            return self.diagnosis().line()
+        except ConfigError as error:
+            return str(error)
 
     def pid_of(self, name: str) -> int | None:
         """The present process of a service; None while it has none, or while only an earlier launcher has written."""

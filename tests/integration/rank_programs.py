@@ -9,14 +9,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 
 from retort.config import MethodConfig, RunConfig, TrainerConfig
 from retort.rollouts import RolloutGroup
 from services.trainer.batch import StepBatch, assemble
-from services.trainer.checkpoint import MOMENTS, Checkpoints
+from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
+from services.trainer.host_memory import MOMENTS
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
 from services.trainer.publish import WeightPublisher
@@ -89,13 +91,39 @@ def a_random_step(shapes: Sequence[Shape], seed: int) -> StepBatch:
 
 
 def one_update(
-    shapes: Sequence[Shape], seed: int, token_budget: int, tied: bool, checkpointing: bool
+    shapes: Sequence[Shape],
+    seed: int,
+    token_budget: int,
+    tied: bool,
+    checkpointing: bool,
+    compile: str = "none",
 ) -> tuple[float, Arrays]:
     """Loss and gradient of an update on all rows but the last, which belongs to another one."""
-    policy = a_policy(tied=tied, micro_batch_tokens=token_budget, activation_checkpointing=checkpointing)
+    policy = a_policy(
+        tied=tied, micro_batch_tokens=token_budget, activation_checkpointing=checkpointing, compile=compile
+    )
     batch = a_random_step(shapes, seed)
     update = update_policy(policy, batch, list(range(len(shapes) - 1)), MethodConfig(), learning_rate=0.0)
     return update.loss, policy.gradients
+
+
+def compiled_beside_eager(backend: str, checkpointing: bool) -> tuple[float, int, int]:
+    """Steps of many lengths. How far the gradients of compiled blocks are from those of eager ones at most, and how
+    many graphs and breaks in them there were."""
+    eager, compiled = (
+        a_policy(micro_batch_tokens=12, activation_checkpointing=checkpointing, compile=how)
+        for how in ("none", backend)
+    )
+    counters.clear()
+    far = 0.0
+    for seed, lengths in enumerate(([3, 2], [1, 7, 4, 2], [9], [30, 1])):
+        batch = a_random_step([Shape(2, length, 0.5 - seed % 2, True) for length in lengths], seed)
+        rows = range(len(lengths))
+        for policy in (eager, compiled):
+            batch.old_logprobs, _ = policy.score(batch, rows, batch.prompts)
+            update_policy(policy, batch, list(rows), MethodConfig(), learning_rate=1e-3)
+        far = max(far, *(np.abs(eager.gradients[name] - compiled.gradients[name]).max() for name in eager.names))
+    return float(far), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def a_recorded_step(step: int, rewards: Sequence[Sequence[float]]) -> list[RolloutGroup]:
@@ -172,6 +200,23 @@ def train_and_save(directory: Path) -> dict[str, Arrays]:
     policy.version = 7
     Checkpoints(directory, keep_last=2).save(policy, teacher)
     return training_state(policy, teacher)
+
+
+def train_with_restarts(directory: Path, offload: Sequence[str]) -> None:
+    """Three steps, teacher included, each by a trainer that begins with the checkpoint of the one before."""
+    shapes = [Shape(2, 5, 0.75, True), Shape(3, 4, -0.25, True), Shape(1, 1, 0.5, False)]
+    for version in (1, 2, 3):
+        policy = a_policy(offload=offload)
+        teacher = Teacher(policy, on_host="teacher" in offload)
+        checkpoints = Checkpoints(directory, keep_last=1)
+        checkpoints.load(policy, teacher)
+        for seed in (0, 1):
+            batch = a_random_step(shapes, seed)
+            batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts, teacher)
+            update_policy(policy, batch, [0, 1, 2], MethodConfig(), learning_rate=1e-2)
+        teacher.follow(policy, rate=0.05, finite_updates=2)
+        policy.version = version
+        checkpoints.save(policy, teacher)
 
 
 def load(directory: Path) -> tuple[bool, int, dict[str, Arrays]]:

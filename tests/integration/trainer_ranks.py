@@ -15,17 +15,21 @@ DEADLINE_S = 60.0
 class Ranks:
     """`size` processes of one process group. Use as a context."""
 
-    def __init__(self, size: int, directory: Path) -> None:
+    def __init__(self, size: int, directory: Path, deadline_s: float = DEADLINE_S) -> None:
         # A fork server has imported torch and transformers once; every rank starts from there in a moment.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.training"])
         self.size = size
+        self._deadline_s = deadline_s
         self._ends: list[Connection] = []
         self._processes = []
         for rank in range(size):
             mine, other = context.Pipe()
             process = context.Process(
-                target=_serve, args=(other, rank, size, directory / "rendezvous"), name=f"rank-{rank}", daemon=True
+                target=_serve,
+                args=(other, rank, size, directory / "rendezvous", deadline_s / 2),
+                name=f"rank-{rank}",
+                daemon=True,
             )
             process.start()
             other.close()
@@ -44,7 +48,7 @@ class Ranks:
     def _answer(self, rank: int) -> tuple[bool, Any]:
         end = self._ends[rank]
         try:
-            return end.recv() if end.poll(DEADLINE_S) else (True, f"no answer within {DEADLINE_S:g} s")
+            return end.recv() if end.poll(self._deadline_s) else (True, f"no answer within {self._deadline_s:g} s")
         except EOFError:
             return True, "the process is gone"
 
@@ -61,7 +65,7 @@ class Ranks:
                 process.join()
 
 
-def _serve(requests: Connection, rank: int, size: int, rendezvous: Path) -> None:
+def _serve(requests: Connection, rank: int, size: int, rendezvous: Path, patience_s: float) -> None:
     import torch
     import torch.distributed as dist
 
@@ -72,7 +76,7 @@ def _serve(requests: Connection, rank: int, size: int, rendezvous: Path) -> None
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=DEADLINE_S / 2),
+        timeout=timedelta(seconds=patience_s),
     )
     while True:
         try:

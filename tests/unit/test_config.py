@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 87
+MOST_FIELDS = 89
 
 
 @pytest.fixture
@@ -141,6 +141,16 @@ def test_keys_that_do_not_fit_together_are_blamed_on_the_file_only_if_it_holds_t
     assert refusal(run_file, *both).startswith(f"--set {both[0]}, --set {both[1]}: trainer.groups_per_step = 10 is not")
     run_file.write_text(SMALLEST + "groups_per_update = 3\n")
     assert refusal(run_file).startswith("small.toml: trainer.groups_per_step = 256 is not")
+
+
+def test_a_deterministic_run_compiles_no_code_that_depends_on_what_came_first(run_file: Path) -> None:
+    deterministic = ["trainer.deterministic=true", "trainer.update_order=group"]
+    said = refusal(run_file, *deterministic, "trainer.compile=inductor")
+    assert said == (
+        "--set trainer.deterministic=true: trainer.deterministic = true needs another trainer.compile than 'inductor', "
+        "whose code depends on the micro-batch that came first."
+    )
+    load_config(run_file, [*deterministic, "trainer.compile=aot_eager"], {})
 
 
 def test_all_mistakes_are_told_at_once(run_file: Path) -> None:

@@ -91,6 +91,8 @@ def _trainer_memory(config: RunConfig, shape: ModelShape, given: Assumptions) ->
     ]
     if config.trainer.is_streamed:
         parts.append(("weights at the start of a step", full, "parameters x 4 bytes / ranks"))
+    away = config.trainer.offload
+    parts = [(name, 0, "in the host's memory") if name in away else (name, size, how) for name, size, how in parts]
     for name, size, formula in parts:
         yield Figure(section, name, size, "bytes", formula)
     total = sum(size for _, size, _ in parts)

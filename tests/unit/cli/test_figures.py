@@ -60,6 +60,13 @@ def test_a_rank_keeps_twenty_bytes_a_parameter_divided_by_the_ranks() -> None:
     assert memory["together"] == pytest.approx(sum(memory.values()) - memory["together"])
 
 
+def test_what_is_offloaded_takes_twelve_of_them_off_the_gpu() -> None:
+    section = "Memory of a trainer rank"
+    whole, rest = values(reference()), values(reference('trainer.offload=["teacher", "optimizer"]'))
+    assert rest[section, "teacher"] == rest[section, "optimizer"] == 0
+    assert whole[section, "together"] - rest[section, "together"] == pytest.approx(12 * N / 6)
+
+
 def test_checkpointing_keeps_the_input_of_every_layer_and_one_whole_layer() -> None:
     whole = 4 * (2560 + 32 * 128 + 8 * 128 + 9728)
     section = "Memory of a trainer rank"

@@ -27,7 +27,7 @@ def packed_hidden_states(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     return model.model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        sequence_lengths=batch.sequence_lengths,
+        longest_sequence=max(batch.sequence_lengths),
         sequence_bounds=batch.sequence_bounds,
         use_cache=False,
     ).last_hidden_state[0]
@@ -52,7 +52,7 @@ def test_a_token_depends_on_no_other_sequence_and_on_no_later_token() -> None:
     hidden = model.model(
         inputs_embeds=embeddings,
         position_ids=batch.position_ids,
-        sequence_lengths=batch.sequence_lengths,
+        longest_sequence=max(batch.sequence_lengths),
         sequence_bounds=batch.sequence_bounds,
         use_cache=False,
     ).last_hidden_state[0]
@@ -87,7 +87,7 @@ def test_the_kernel_for_all_sequences_takes_what_it_is_given() -> None:
 def test_the_kernel_gives_what_one_call_a_sequence_gives(lengths: list[int]) -> None:
     heads, bounds = queries_keys_values(lengths, device="cuda")
     exact = [tensor.detach().double().requires_grad_() for tensor in heads]
-    given = {"attention_mask": None, "sequence_lengths": lengths, "sequence_bounds": bounds, "scaling": 0.125}
+    given = {"attention_mask": None, "longest_sequence": max(lengths), "sequence_bounds": bounds, "scaling": 0.125}
     at_once, _ = packed_attention(torch.nn.Module(), *heads, **given)
     one_by_one, _ = packed_attention(torch.nn.Module(), *exact, **given)
     torch.testing.assert_close(at_once.double(), one_by_one, rtol=0, atol=0.02)

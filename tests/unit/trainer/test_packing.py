@@ -91,7 +91,7 @@ def test_an_empty_completion_predicts_nothing() -> None:
     assert (batch.predicting.tolist(), batch.targets.tolist()) == ([2], [4])
 
 
-def test_a_pass_without_rows_has_one_token_to_run_on_and_none_to_predict() -> None:
+def test_a_pass_without_rows_has_two_tokens_to_run_on_and_none_to_predict() -> None:
     batch = packed()
-    assert batch.input_ids.tolist() == [[0]]
+    assert batch.input_ids.tolist() == [[0, 0]]
     assert (batch.predicting.tolist(), batch.targets.tolist()) == ([], [])
