@@ -158,8 +158,6 @@ class Chaos:
 
     def ask_doctor_after_the_end(self) -> None:
         """The launcher was killed: it is to be named, whatever else died with it."""
-        if not (self.run.directory / "config.toml").exists():
-            return  # before there was a run
         with contextlib.suppress(*NO_ANSWER):
             said = self.run.doctor()
             self.diagnoses += 1

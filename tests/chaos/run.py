@@ -143,7 +143,8 @@ class ChaosRun(LaunchedRun):
         return diagnose(replace(gather(self.directory), now=self.now()))
 
     def doctor(self) -> str:
-        """What it prints; before the first status of the run that is an error."""
+        """What it prints; before the first status of the run that is an error. Raises before there is a run."""
+        (self.directory / "config.toml").stat()
         try:
             return self.diagnosis().line()
         except ConfigError as error:
