@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-from redis.exceptions import RedisError
 
 from retort.config import ConfigError
 from retort.queues.protocol import Keys
@@ -262,7 +261,7 @@ def empty_redis(chaos: Chaos) -> bool:
         redis = chaos.run.redis()
         redis.flushall()
         redis.function_flush()
-    except (RedisError, FileNotFoundError, ValueError):
+    except NO_ANSWER:
         return False
     return True
 
