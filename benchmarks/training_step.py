@@ -3,9 +3,10 @@
 Old log-probs, the teacher's over its longer prompts, updates and the teacher's own step, through the code of a run, on
 a model with random weights. The plain loop does the same one row at a time, in the same types, with the library's own
 attention and head. `--device cuda` takes Qwen3-4B at the lengths that `retort plan` takes for the reference run, and
-says beside the snapshot what a copy on the device costs; `--profile FILE` keeps a trace of the last step. `--growth`
-repeats Retort's side over lengths, micro-batch budgets and ranks. Each measurement is a process of its own; wall time,
-so that the machine has to be idle.
+says beside the snapshot what a copy on the device costs; `--profile FILE` keeps a trace of the last step. `--compile`
+and `--offload teacher optimizer` put a second Retort beside the first, with `trainer.compile` and `trainer.offload`
+set. `--growth` repeats the first over lengths, micro-batch budgets and ranks. Each measurement is a process of its own;
+wall time, so that the machine has to be idle, and on one thread CPU time too.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from retort.cli.plan.model_shape import KNOWN_MODELS
 from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.blocks import start_compiler
 from services.trainer.guards import Guards
 from services.trainer.journal import Journal
 from services.trainer.operations import finish, matmul_rate
@@ -41,7 +43,8 @@ from services.trainer.work import peak_bytes, work_metrics
 from tests.training import a_config
 
 MODELS = ("tiny", "small", "4b")
-SIDES = ("retort", "plain")
+SIDES = ("retort", "plain", "varied")
+"""`varied` is Retort with what `--compile` and `--offload` say."""
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BUDGETS = (1024, 2048, 4096, 8192, 16384)
 RANKS = (1, 2)
@@ -88,13 +91,16 @@ def retort_step(args: argparse.Namespace, batch: StepBatch) -> tuple[Step, Calla
         "micro_batch_tokens": args.budget,
         "activation_checkpointing": args.device == "cuda",
         "update_order": "group",
+        "compile": args.compile if args.side == "varied" else "none",
+        "offload": args.offload if args.side == "varied" else [],
         "max_logprob_gap": 1e9,  # the random model did not sample these completions
     }
     config = a_config(model=precision, trainer=settings, method={"name": "rlsd"})
+    start_compiler(config, torch.device(args.device))
     mesh = init_device_mesh(args.device, (dist.get_world_size(),))
     dtype = getattr(torch, config.model.dtype)
     policy = Policy(make_model(args, PACKED_ATTENTION), config.trainer, mesh, dtype=dtype, temperature=1.0)
-    teacher = Teacher(policy)
+    teacher = Teacher(policy, on_host="teacher" in config.trainer.offload)
     specs = [TensorSpec(name=name, shape=shape, dtype=config.model.dtype) for name, shape in policy.specs]
     manifest = WeightManifest.of(specs, 256 * 2**20)
 
@@ -196,20 +202,23 @@ def measure(args: argparse.Namespace) -> None:
         batch = make_batch(args)
         device = torch.device(args.device)
         before = peak_bytes(device) if args.device == "cpu" else 0
-        step, snapshot = retort_step(args, batch) if args.side == "retort" else (plain_step(args, batch), None)
-        step()
+        step, snapshot = (plain_step(args, batch), None) if args.side == "plain" else retort_step(args, batch)
+        first = timed(device, step)
         seconds: list[float] = []
+        cpu_seconds: list[float] = []
         said: Mapping[str, float] = {}
         for _ in range(args.repeats):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             said = step()
             seconds.append(time.perf_counter() - started)
-        if args.profile and args.side == "retort":
+            cpu_seconds.append(time.process_time() - cpu_started)
+        if args.profile and args.side != "plain":
             with torch.profiler.profile() as profile:
                 step()
             profile.export_chrome_trace(args.profile)
         peak = said.get("perf/max_memory_allocated_gb", peak_bytes(device) / 1e9) - before / 1e9
-        found = {"seconds": min(seconds), "peak_gb": peak, **said, **(snapshot() if snapshot else {})}
+        found = {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds), "first_seconds": first, "peak_gb": peak}
+        found |= {**said, **(snapshot() if snapshot else {})}
         if dist.get_rank() == 0:
             print(json.dumps(found), flush=True)
 
@@ -219,8 +228,11 @@ def of_side(args: argparse.Namespace, side: str, **changed: Any) -> dict[str, fl
     given = {"device": args.device, "model": args.model, "groups": args.groups, "prompt": args.prompt}
     given |= {"longest": args.longest, "budget": args.budget, "updates": args.updates, "repeats": args.repeats}
     ranks = changed.pop("ranks", 1)
-    words = chain.from_iterable((f"--{name}", str(value)) for name, value in (given | changed).items())
-    keep = ["--profile", args.profile] if args.profile and side == "retort" and not changed else []
+    words = [*chain.from_iterable((f"--{name}", str(value)) for name, value in (given | changed).items())]
+    words += ["--compile", args.compile] if args.compile != "none" else []
+    words += ["--offload", *args.offload] if args.offload else []
+    # Of the last of its sides.
+    keep = ["--profile", args.profile] if args.profile and side == retort_sides(args)[-1] and not changed else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "benchmarks.training_step", "--side", side, *words, *keep]
     done = subprocess.run(
@@ -230,8 +242,12 @@ def of_side(args: argparse.Namespace, side: str, **changed: Any) -> dict[str, fl
     return found
 
 
+def retort_sides(args: argparse.Namespace) -> list[str]:
+    return ["retort", "varied"] if args.compile != "none" or args.offload else ["retort"]
+
+
 def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
-    sides = {side: of_side(args, side) for side in SIDES}
+    sides = {side: of_side(args, side) for side in [*retort_sides(args), "plain"]}
     batch, dtype = make_batch(args), torch.bfloat16 if args.device == "cuda" else torch.float32
     tokens = sum(map(len, batch.prompts)) + int(batch.lengths.sum())
     retort, plain = sides["retort"], sides["plain"]
@@ -239,6 +255,7 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
         "trained_tokens_per_s": tokens / retort["seconds"],
         "tokens_per_s_vs_plain": plain["seconds"] / retort["seconds"],
         "peak_memory_vs_plain": retort["peak_gb"] / plain["peak_gb"],
+        **compared(sides),
         **sides,
         "conditions": {
             "device": torch.cuda.get_device_name() if args.device == "cuda" else "one thread",
@@ -248,6 +265,18 @@ def side_by_side(args: argparse.Namespace) -> dict[str, Any]:
             "torch": torch.__version__,
             **{name: getattr(args, name) for name in ("model", "groups", "prompt", "longest", "budget", "updates")},
         },
+    }
+
+
+def compared(sides: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What compiling and offloading make of the step, once it has been compiled."""
+    if "varied" not in sides:
+        return {}
+    retort, varied = sides["retort"], sides["varied"]
+    return {
+        "varied_tokens_per_s_vs_retort": retort["seconds"] / varied["seconds"],
+        "varied_tokens_per_cpu_s_vs_retort": retort["cpu_seconds"] / varied["cpu_seconds"],
+        "varied_peak_memory_vs_retort": varied["peak_gb"] / retort["peak_gb"],
     }
 
 
@@ -279,6 +308,10 @@ def main() -> None:
     parser.add_argument("--budget", type=int, help="tokens of a micro-batch; default 2048, on a GPU 32768")
     parser.add_argument("--updates", type=int, default=2, help="optimizer updates of the step")
     parser.add_argument("--repeats", type=int, default=2, help="the least of so many counts")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", default="none", help="trainer.compile of a second side"
+    )
+    parser.add_argument("--offload", nargs="+", default=[], metavar="WHAT", help="trainer.offload of a second side")
     parser.add_argument("--growth", action="store_true", help="over lengths, budgets and ranks instead")
     parser.add_argument("--grow-to", type=int, default=LENGTHS[-1], help="longest completion of --growth")
     parser.add_argument("--profile", metavar="FILE", help="keep a trace of a step, for ui.perfetto.dev")
