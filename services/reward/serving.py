@@ -127,8 +127,10 @@ class _Connection(H11Protocol):
 
 
 def _most_connections() -> int:
-    """At most half of the files that this process can open: the others are for gRPC and for workers."""
-    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    """At most half of the files that this process can open, the others being for gRPC and for workers, and as many
+    fewer as may be accepted before the first of those that are too many is hung up.
+    """
+    return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - BACKLOG)
 
 
 def _http_config(app: object, security: Security) -> uvicorn.Config:
