@@ -183,7 +183,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(directory: Path, selection: str, *options: str) -> subprocess.CompletedProcess[str]:
     """The tests, there. Anything but passing or failing is an error of this test."""
     environment = {**os.environ, "PYTHONPATH": str(directory), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=60", *options, selection]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=60", *options, selection]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
     return done
