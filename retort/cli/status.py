@@ -73,7 +73,11 @@ def read_status(directory: Path) -> dict[str, Any]:
         config_file = directory / "config.toml"
         if config_file.exists() and not (directory / STATUS_FILE).exists():
             begin = command("run", config_file, "--resume")
-            raise ConfigError(f"{directory}: its launcher ended before it had started anything. `{begin}`") from None
+            # A launcher that is alive writes its status in a moment.
+            raise ConfigError(
+                f"{directory}: nothing runs there: its launcher ended before it had started anything, or is just "
+                f"starting. If it has ended: `{begin}`"
+            ) from None
         what = "no such directory" if not directory.exists() else f"no run there: {STATUS_FILE}: {error.strerror}"
         raise ConfigError(f"{directory}: {what}. `{command('status')}` lists the runs in runs/.") from None
     if status["exit_code"] is None and "launcher" in status and is_gone(status["launcher"]):
