@@ -43,11 +43,9 @@ print(compiled_beside_eager("inductor", True))
 
 
 def in_a_process_that_reads_no_pickle(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # A test with an engine in the same process has turned the compiler off for all that it starts.
-    inherited = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=COMPILING_S,
