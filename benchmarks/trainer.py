@@ -34,6 +34,7 @@ from retort.config import MethodConfig, TrainerConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
 from services.trainer.operations import ModelCost
+from services.trainer.packing import Span
 from services.trainer.policy import Policy
 from services.trainer.update import update_policy
 from tests.training import a_batch, a_group, a_rollout
@@ -209,9 +210,10 @@ def matmul_rate() -> float:
 
 
 def operations(model: Any, batch: StepBatch) -> float:
-    """Of forward and backward of an update, without what is computed twice."""
-    lengths = [len(p) + len(c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-    return 3 * ModelCost.of(model).forward(lengths, int(batch.lengths.sum()))
+    """Of forward and backward of an update that shares all prompts, without what is computed twice."""
+    prompts = [Span(len(group.prompt_ids), 0) for group in batch.groups]
+    completions = [Span(len(c), len(p)) for p, c in zip(batch.prompts, batch.completions, strict=True)]
+    return 3 * ModelCost.of(model).forward([*prompts, *completions], int(batch.lengths.sum()))
 
 
 def side_by_side(args: argparse.Namespace) -> dict[str, Any]:

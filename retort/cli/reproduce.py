@@ -24,6 +24,7 @@ DECIDING = ("trainer", "sampling", "method", "validation")
 DEPLOYMENT = {
     "ranks",
     "micro_batch_tokens",
+    "share_prompts",
     "activation_checkpointing",
     "compile",
     "offload",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as symbolic_shapes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +23,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 
 def compile_blocks(blocks: Iterable[nn.Module], backend: str) -> None:
     """Compile what the blocks have in common, once for all of them and for all numbers of tokens. Before FSDP."""
+    # Else tokens and segments that happen to be equally many in the first micro-batch would have to be in all.
+    symbolic_shapes.use_duck_shape = False
     for block in blocks:
         # A break in the graph of a checkpointed block would leave it uncompiled, and `fullgraph` says so.
         block.forward = torch.compile(block.forward, backend=backend, dynamic=True, fullgraph=True)

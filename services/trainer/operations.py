@@ -1,11 +1,13 @@
 """How much a model computes for a micro-batch, and how fast a device can be."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+
+from services.trainer.packing import Span
 
 PEAK_RATES = (("B200", 2250e12), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12))
 """(part of a GPU's name, dense bfloat16 operations a second), from NVIDIA's data sheets."""
@@ -41,14 +43,13 @@ class ModelCost:
         """The length in tokens at which attention costs a sequence as much as the weights of the blocks."""
         return self.block_weights / self.attention_width
 
-    def forward(self, sequence_lengths: Iterable[int], predicted: int) -> float:
-        """Operations of a forward pass over these sequences, `predicted` of whose tokens go through the head.
+    def forward(self, spans: Sequence[Span], predicted: int) -> float:
+        """Operations of a forward pass over these tokens, `predicted` of which go through the head.
 
         A backward pass takes twice as many. What is computed again to save memory does not count.
         """
-        lengths = list(sequence_lengths)
-        attention = self.attention_width * sum(length**2 for length in lengths)
-        return 2.0 * (self.block_weights * sum(lengths) + self.head_weights * predicted + attention)
+        tokens, squares = sum(span.tokens for span in spans), sum(span.squares for span in spans)
+        return 2.0 * (self.block_weights * tokens + self.head_weights * predicted + self.attention_width * squares)
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

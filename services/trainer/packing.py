@@ -2,94 +2,205 @@
 
 Every rank knows the whole step and works out the same plan, so nothing has to be communicated, and all ranks make the
 same number of passes: FSDP's collectives would otherwise wait for ever.
+
+Completions of one prompt that are in a micro-batch together share it: it is computed once for all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from services.trainer.segments import NO_PREFIX, Segments
+
+
+class RowSize(NamedTuple):
+    prompt: int
+    """Number of its prompt; rows with the same number share it."""
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Span(NamedTuple):
+    """Tokens that are computed, and how many before them they see besides."""
+
+    tokens: int
+    before: int
+
+    @property
+    def squares(self) -> int:
+        """How attention counts: of a whole sequence it is the square of its tokens."""
+        return (self.before + self.tokens) ** 2 - self.before**2
+
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """S packed sequences with T tokens, of which N completion tokens are predicted."""
+    """S segments with T tokens, of which N completion tokens are predicted.
+
+    A segment is a sequence, a prompt that the segments after it share, or a completion of such a prompt.
+    """
 
     rows: list[int]
-    """[S] which completions of the step these are; empty for a pass that only keeps other ranks company."""
+    """Which completions of the step these are; empty for a pass that only keeps other ranks company."""
     input_ids: Tensor
     """[1, T]"""
     position_ids: Tensor
     """[1, T] counted from 0 within each sequence."""
-    sequence_lengths: list[int]
-    """[S] tokens of each sequence; they add up to T."""
-    sequence_bounds: Tensor
-    """[S + 1] int32: where each sequence starts, and T."""
+    spans: list[Span]
+    """[S]"""
+    segments: Segments
     predicting: Tensor
     """[N] position whose output predicts the completion token; for the first that is the last token of the prompt."""
     targets: Tensor
     """[N] the completion tokens."""
 
 
-def plan(lengths: Sequence[int], *, ranks: int, token_budget: int, parity: float) -> list[list[list[int]]]:
-    """Deal sequences to ranks and micro-batches: [ranks][passes][...] indices into `lengths`.
+def number_prompts(prompts: Iterable[Sequence[int] | None], *, share: bool) -> list[int]:
+    """A number for each row's prompt; with `share`, the same for the same prompt."""
+    numbers: dict[int | tuple[int, ...], int] = {}
+    keys = (tuple(prompt) if share and prompt else row for row, prompt in enumerate(prompts))
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
-    A sequence of n tokens costs n + n^2 / `parity` (`ModelCost`). Dearest first to the rank with the least to do, then
-    first-fit into micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own. Every rank has
-    the same number of micro-batches, some of them empty. They go dearest first, since in a pass all ranks wait for the
-    slowest.
+
+def plan(rows: Sequence[RowSize], *, ranks: int, token_budget: int, parity: float) -> list[list[list[int]]]:
+    """Deal rows to ranks and micro-batches: [ranks][passes][...] indices into `rows`.
+
+    Tokens that see n tokens each cost 1 + n / (2 `parity`) (`ModelCost`). Rows are dealt one by one, which balances the
+    ranks, or prompt by prompt, which spares tokens: whichever is done sooner. Dearest first to the rank with the least
+    to do, then first-fit into micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own.
+    Every rank has the same number of micro-batches, some of them empty. They go dearest first, since in a pass all
+    ranks wait for the slowest.
     """
-    costs = [length + length**2 / parity for length in lengths]
-    loads = [0.0] * ranks
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        rank = loads.index(min(loads))
-        dealt[rank].append(index)
-        loads[rank] += costs[index]
-    packed = [_first_fit(indices, lengths, token_budget) for indices in dealt]
-    for bins in packed:
-        bins.sort(key=lambda indices: -sum(costs[index] for index in indices))
-    passes = max(len(bins) for bins in packed)
-    return [bins + [[] for _ in range(passes - len(bins))] for bins in packed]
+    planner = _Planner(rows, ranks, token_budget, parity)
+    one_by_one = planner.deal([[index] for index in range(len(rows))])
+    if len({row.prompt for row in rows}) == len(rows):
+        return one_by_one
+    return min(planner.deal(planner.by_prompt()), one_by_one, key=planner.duration)
 
 
-def _first_fit(indices: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in indices:
-        fitting = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
-        if fitting is None:
-            fitting = len(bins)
-            bins.append([])
-            room.append(token_budget)
-        bins[fitting].append(index)
-        room[fitting] -= lengths[index]
-    return bins
+@dataclass(frozen=True)
+class _Planner:
+    rows: Sequence[RowSize]
+    ranks: int
+    token_budget: int
+    parity: float
+
+    def deal(self, units: list[list[int]]) -> list[list[list[int]]]:
+        """[ranks][passes][...] from rows of one prompt that stay together."""
+        costs = [self.cost(unit) for unit in units]
+        loads = [0.0] * self.ranks
+        shares: list[list[list[int]]] = [[] for _ in range(self.ranks)]
+        for number in sorted(range(len(units)), key=lambda number: (-costs[number], number)):
+            rank = loads.index(min(loads))
+            shares[rank].append(units[number])
+            loads[rank] += costs[number]
+        packed = [self._first_fit(share) for share in shares]
+        for micro_batches in packed:
+            micro_batches.sort(key=lambda indices: -self.cost(indices))
+        passes = max(len(micro_batches) for micro_batches in packed)
+        return [micro_batches + [[] for _ in range(passes - len(micro_batches))] for micro_batches in packed]
+
+    def by_prompt(self) -> list[list[int]]:
+        """Rows of one prompt together, longest first, as far as the token budget lets them."""
+        of_prompt: dict[int, list[int]] = {}
+        for index in sorted(range(len(self.rows)), key=lambda index: (-self.rows[index].completion_tokens, index)):
+            of_prompt.setdefault(self.rows[index].prompt, []).append(index)
+        return [unit for indices in of_prompt.values() for unit in self._first_fit([[index] for index in indices])]
+
+    def duration(self, shares: list[list[list[int]]]) -> float:
+        return sum(max(map(self.cost, micro_batches)) for micro_batches in zip(*shares, strict=True))
+
+    def cost(self, indices: Iterable[int]) -> float:
+        """Of a micro-batch of these rows."""
+        prompts = {self.rows[index].prompt: Span(self.rows[index].prompt_tokens, 0) for index in indices}
+        completions = [Span(self.rows[index].completion_tokens, self.rows[index].prompt_tokens) for index in indices]
+        return sum(span.tokens + span.squares / self.parity for span in [*prompts.values(), *completions])
+
+    def _first_fit(self, units: Sequence[list[int]]) -> list[list[int]]:
+        micro_batches: list[list[int]] = []
+        prompts: list[set[int]] = []
+        room: list[int] = []
+        for unit in units:
+            prompt, prompt_tokens, _ = self.rows[unit[0]]
+            alone = sum(self.rows[index].completion_tokens for index in unit)
+            needs = (alone if prompt in known else prompt_tokens + alone for known in prompts)
+            fitting = next(
+                (i for i, (free, tokens) in enumerate(zip(room, needs, strict=True)) if free >= tokens), None
+            )
+            if fitting is None:
+                fitting = len(micro_batches)
+                micro_batches.append([])
+                prompts.append(set())
+                room.append(self.token_budget)
+            room[fitting] -= alone if prompt in prompts[fitting] else prompt_tokens + alone
+            prompts[fitting].add(prompt)
+            micro_batches[fitting] += unit
+        return micro_batches
 
 
 def pack(
-    rows: list[int],
+    rows: Sequence[int],
     prompts: Sequence[Sequence[int] | None],
     completions: Sequence[Sequence[int]],
     device: torch.device,
+    *,
+    share: bool = True,
 ) -> MicroBatch:
-    """Pack the given completions, each behind its prompt. `prompts` and `completions` are those of the whole step."""
-    # Without rows two tokens, because a compiled block has code of its own for a single one.
-    sequences = [[*(prompts[row] or ()), *completions[row]] for row in rows] or [[0, 0]]
-    lengths = [len(sequence) for sequence in sequences]
-    predicting: list[int] = []
-    start = 0
-    for row, length in zip(rows, lengths, strict=False):
-        end = start + length
-        predicting += range(end - len(completions[row]) - 1, end - 1)
-        start = end
+    """Pack the given completions behind their prompts. `prompts` and `completions` are those of the whole step.
+
+    With `share`, rows of the same prompt stand together behind one.
+    """
+    packed = _Packed()
+    numbers = number_prompts([prompts[row] for row in rows], share=share)
+    for number in dict.fromkeys(numbers):
+        family = [row for row, its_number in zip(rows, numbers, strict=True) if its_number == number]
+        packed.add(prompts[family[0]] or (), [completions[row] for row in family])
+        packed.rows += family
+    if not rows:
+        # Two tokens, because a compiled block has code of its own for a single one.
+        packed.add_segment([0, 0])
     return MicroBatch(
-        rows=rows,
-        input_ids=torch.tensor([[token for sequence in sequences for token in sequence]], device=device),
-        position_ids=torch.tensor([[position for length in lengths for position in range(length)]], device=device),
-        sequence_lengths=lengths,
-        sequence_bounds=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-        predicting=torch.tensor(predicting, dtype=torch.long, device=device),
-        targets=torch.tensor([token for row in rows for token in completions[row]], dtype=torch.long, device=device),
+        rows=packed.rows,
+        input_ids=torch.tensor([packed.tokens], device=device),
+        position_ids=torch.tensor([packed.positions], device=device),
+        spans=packed.spans,
+        segments=Segments.of([span.tokens for span in packed.spans], packed.prefixes, device),
+        predicting=torch.tensor(packed.predicting, dtype=torch.long, device=device),
+        targets=torch.tensor([t for row in packed.rows for t in completions[row]], dtype=torch.long, device=device),
     )
+
+
+class _Packed:
+    """The parts of a micro-batch while it grows."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.predicting: list[int] = []
+        self.spans: list[Span] = []
+        self.prefixes: list[int] = []
+
+    def add(self, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> None:
+        """A prompt and the completions that share it. With one it is a sequence like any other."""
+        if len(completions) == 1:
+            self.add_segment([*prompt, *completions[0]])
+            end = len(self.tokens)
+            self.predicting += range(end - len(completions[0]) - 1, end - 1)
+            return
+        prefix = len(self.spans)
+        self.add_segment(prompt)
+        last = len(self.tokens) - 1
+        for completion in completions:
+            if completion:
+                start = len(self.tokens)
+                self.predicting += [last, *range(start, start + len(completion) - 1)]
+                self.add_segment(completion, before=len(prompt), prefix=prefix)
+
+    def add_segment(self, tokens: Sequence[int], before: int = 0, prefix: int = NO_PREFIX) -> None:
+        self.tokens += tokens
+        self.positions += range(before, before + len(tokens))
+        self.spans.append(Span(len(tokens), before))
+        self.prefixes.append(prefix)

@@ -22,7 +22,7 @@ from services.trainer.blocks import checkpoint_blocks, compile_blocks
 from services.trainer.host_memory import HostAdamW
 from services.trainer.lora import Adapters, checkpoint_name
 from services.trainer.operations import ModelCost, finish, peak_rate
-from services.trainer.packing import MicroBatch, pack, plan
+from services.trainer.packing import MicroBatch, RowSize, number_prompts, pack, plan
 from services.trainer.policy_model import PolicyModel, TokenScores
 from services.trainer.weight_copy import WeightCopy, local
 from services.trainer.work import Work
@@ -54,6 +54,7 @@ class Policy:
         self._dtype = dtype
         self._temperature = temperature
         self._token_budget = config.micro_batch_tokens
+        self._share_prompts = config.share_prompts
         self._cost = ModelCost.of(language_model)
         self._work = Work()
         self._max_grad_norm = config.max_grad_norm
@@ -94,10 +95,15 @@ class Policy:
     ) -> Iterator[MicroBatch]:
         """This rank's share of the rows, packed. Every rank gets equally many micro-batches, some without rows."""
         completions = batch.completions
-        lengths = [len(prompts[row] or ()) + len(completions[row]) for row in rows]
-        shares = plan(lengths, ranks=self.ranks, token_budget=self._token_budget, parity=self._cost.parity)
+        numbers = number_prompts([prompts[row] for row in rows], share=self._share_prompts)
+        sizes = [
+            RowSize(number, len(prompts[row] or ()), len(completions[row]))
+            for number, row in zip(numbers, rows, strict=True)
+        ]
+        shares = plan(sizes, ranks=self.ranks, token_budget=self._token_budget, parity=self._cost.parity)
         for indices in shares[self.rank]:
-            yield pack([rows[index] for index in indices], prompts, completions, self.device)
+            members = [rows[index] for index in indices]
+            yield pack(members, prompts, completions, self.device, share=self._share_prompts)
 
     @torch.no_grad()
     def score(
@@ -174,7 +180,7 @@ class Policy:
     def _count(self, micro_batch: MicroBatch, *, passes: int) -> None:
         """Note so many forward passes' worth of work; forward and backward of all weights are as much as three."""
         predicted = len(micro_batch.targets)
-        operations = passes * self._cost.forward(micro_batch.sequence_lengths, predicted) if micro_batch.rows else 0.0
+        operations = passes * self._cost.forward(micro_batch.spans, predicted) if micro_batch.rows else 0.0
         self._work.add(micro_batch, operations, self._token_budget)
 
 

@@ -36,8 +36,7 @@ class PolicyModel(nn.Module):
         hidden = self.language_model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            sequence_bounds=batch.sequence_bounds,
-            longest_sequence=max(batch.sequence_lengths),
+            segments=batch.segments,
             use_cache=False,
         ).last_hidden_state[0]
         head = self.language_model.lm_head.weight

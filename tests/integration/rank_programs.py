@@ -69,17 +69,23 @@ def a_policy(seed: int = 0, *, tied: bool = True, vocabulary: int = VOCABULARY, 
 
 
 def a_random_step(shapes: Sequence[Shape], seed: int) -> StepBatch:
-    """A batch as it is when the updates begin: with old and teacher log-probs."""
+    """A batch as it is when the updates begin: with old and teacher log-probs.
+
+    Prompts of the same length are the same.
+    """
     rng = random.Random(seed)
 
-    def ids(count: int) -> list[int]:
+    def ids(count: int, rng: random.Random = rng) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+    def prompt(count: int) -> list[int]:
+        return ids(count, random.Random(f"{seed}/{count}"))
 
     def logprobs(count: int) -> list[float]:
         return [-rng.randrange(64, 384) / 64 for _ in range(count)]
 
     groups = [
-        a_group(a_rollout(ids(shape.completion), logprobs=logprobs(shape.completion)), prompt_ids=ids(shape.prompt))
+        a_group(a_rollout(ids(shape.completion), logprobs=logprobs(shape.completion)), prompt_ids=prompt(shape.prompt))
         for shape in shapes
     ]
     taught = [ids(3) if shape.is_taught else None for shape in shapes]

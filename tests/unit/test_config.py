@@ -23,7 +23,7 @@ validation = "validation.jsonl"
 [trainer]
 steps = 3
 """
-MOST_FIELDS = 89
+MOST_FIELDS = 90
 
 
 @pytest.fixture

@@ -69,6 +69,16 @@ def test_scores_stand_where_their_tokens_do(mesh: DeviceMesh, token_budget: int,
     torch.testing.assert_close(scores.entropies.tolist(), [float(v) for v in entropies], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("share_prompts", "tokens"), [(True, 2 + 3 + 1 + 2), (False, 5 + 3 + 4)])
+def test_a_prompt_is_computed_once_for_its_completions_or_for_each_with_the_same_scores(
+    mesh: DeviceMesh, share_prompts: bool, tokens: int
+) -> None:
+    policy, batch = a_policy(mesh, share_prompts=share_prompts), three_rows()
+    expected = torch.cat([distribution([1, 2], ids, 1.0)[range(len(ids)), ids] for ids in batch.completions])
+    torch.testing.assert_close(policy.score(batch, [0, 1, 2], batch.prompts).logprobs, expected, rtol=0, atol=1e-10)
+    assert policy.take_work().tokens == tokens
+
+
 def test_the_probe_is_scored_at_temperature_1_whatever_the_policy_samples_at(mesh: DeviceMesh) -> None:
     expected = distribution([4], [5, 6], temperature=1.0)[range(2), [5, 6]].tolist()
     assert a_policy(mesh, temperature=0.3).score_prompt([4, 5, 6]) == pytest.approx(expected, abs=1e-10)
