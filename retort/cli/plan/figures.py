@@ -133,8 +133,11 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
     training = training_seconds(config, shape, given, ranks=trainer.ranks)
     words = f"on {_sampling_gpus(config)} GPUs: tokens x time to read weights and caches / live completions"
     yield Figure(section, "sampling", sampling, "s", words)
-    passes = "10" if trainer.activation_checkpointing else "8"
-    words = f"on {trainer.ranks} GPUs: parameters x ({passes} x trained + 2 x teacher's tokens) / speed, at most"
+    passes = _update_passes(config)
+    once = ", prompts once a group" if trainer.share_prompts else ""
+    words = (
+        f"on {trainer.ranks} GPUs: parameters x ({passes} x trained + 2 x old's + 2 x teacher's tokens{once}) / speed"
+    )
     yield Figure(section, "training", training, "s", words)
     words = "one after the other: max_staleness is 0" if trainer.max_staleness == 0 else "the longer: they overlap"
     yield Figure(section, "a step", step_seconds(config, sampling, training), "s", words)
@@ -146,16 +149,33 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
 
 
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:
-    """Of one step: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
+    """Of one step at most: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
 
     A forward pass is 2 operations a parameter and token, a backward pass 4, recomputation 2 more. The teacher's prompt
-    holds a demonstration of the mean length besides. Attention's own share is left out.
+    holds a demonstration of the mean length besides. Attention's own share is left out, and what updates spare by
+    sharing prompts, which depends on how they are dealt.
     """
-    trained = _completions(config) * (given.prompt_tokens + given.completion_tokens)
-    taught = trained + _completions(config) * given.completion_tokens
-    passes = 10 if config.trainer.activation_checkpointing else 8
-    operations = shape.multiplied_parameters * (passes * trained + 2 * taught)
+    trainer, completions, prompt, length = (
+        config.trainer,
+        _completions(config),
+        given.prompt_tokens,
+        given.completion_tokens,
+    )
+    trained = completions * (prompt + length)
+    prompts, demonstrations = completions, completions
+    if trainer.share_prompts:
+        prompts = trainer.groups_per_step
+        # A group is shown its first success, and that one is shown the second.
+        demonstrations = min(completions, 2 * trainer.groups_per_step)
+    scored = completions * length + prompts * prompt
+    taught = completions * length + demonstrations * (prompt + length)
+    operations = shape.multiplied_parameters * (_update_passes(config) * trained + 2 * scored + 2 * taught)
     return operations / (ranks * given.tflops * 1e12)
+
+
+def _update_passes(config: RunConfig) -> int:
+    """Operations of an update for a parameter and token."""
+    return 8 if config.trainer.activation_checkpointing else 6
 
 
 def sampling_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, replicas: int) -> float:

@@ -96,8 +96,15 @@ def test_a_weight_sync_sends_two_bytes_a_parameter_in_buckets_of_64_mib() -> Non
     assert numbers["Weights", "buckets"] == 120  # 119.9
 
 
-def test_training_takes_ten_operations_a_parameter_and_token_and_two_for_the_teacher() -> None:
-    operations = N * (10 * 2048 * 1256 + 2 * 2048 * 2256)
+def test_training_takes_eight_operations_a_parameter_and_token_two_for_old_logprobs_and_two_for_the_teacher() -> None:
+    operations = N * (8 * 2048 * 1256 + 2 * 2048 * 1256 + 2 * 2048 * 2256)
+    unshared = reference("trainer.share_prompts=false")
+    assert training_seconds(unshared, SHAPE, GIVEN, ranks=6) == pytest.approx(operations / 6 / 350e12)
+
+
+def test_old_logprobs_read_a_prompt_once_a_group_and_a_teacher_two_demonstrations() -> None:
+    scored, taught = 2048 * 1000 + 256 * 256, 2048 * 1000 + 512 * 1256
+    operations = N * (8 * 2048 * 1256 + 2 * scored + 2 * taught)
     assert training_seconds(reference(), SHAPE, GIVEN, ranks=6) == pytest.approx(operations / 6 / 350e12)
 
 
