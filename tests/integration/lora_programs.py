@@ -18,11 +18,12 @@ from tests.training import a_language_model
 SHAPES = [Shape(2, 5, 0.75, True), Shape(3, 4, -0.25, False), Shape(1, 1, 0.5, False)]
 
 
-def a_policy(seed: int = 0) -> Policy:
+def a_policy(seed: int = 0, compile: str = "none") -> Policy:
     """Adapters of rank 3, which two or four ranks cannot share evenly."""
     language_model = a_language_model()
     adapters = add_adapters(language_model, LoraConfig(rank=3), dtype=torch.float64, seed=seed)
-    settings = TrainerConfig(steps=1, activation_checkpointing=True, max_grad_norm=0.5, weight_decay=0.1)
+    keys = {"steps": 1, "activation_checkpointing": True, "max_grad_norm": 0.5, "weight_decay": 0.1, "compile": compile}
+    settings = TrainerConfig.model_validate(keys)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return Policy(language_model, settings, mesh, dtype=torch.float64, temperature=1.0, adapters=adapters)
 
@@ -47,3 +48,11 @@ def load_then_train(directory: Path) -> tuple[dict[str, Arrays], dict[str, Array
     loaded = training_state(policy, teacher)
     update_policy(policy, a_random_step(SHAPES, 2), [0, 1, 2], MethodConfig(), learning_rate=1e-2)
     return loaded, training_state(policy, teacher)
+
+
+def adapters_learnt(compile: str) -> Arrays:
+    """What two updates on steps of different lengths make of the adapters."""
+    policy = a_policy(compile=compile)
+    for seed, rows in ((0, [0, 1, 2]), (1, [1])):
+        update_policy(policy, a_random_step(SHAPES, seed), rows, MethodConfig(), learning_rate=1e-2)
+    return {name: tensor.numpy().copy() for name, tensor in policy.full_tensors()}

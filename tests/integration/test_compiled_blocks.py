@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.integration.lora_programs import adapters_learnt
 from tests.integration.rank_programs import Shape, a_random_step, compiled_beside_eager, one_update
 from tests.integration.reference_trainer import gradients_of
 from tests.integration.test_training_step import ONE_VERY_LONG, rows_of
@@ -70,6 +71,14 @@ def check(run: Callable[..., list[tuple[float, dict[str, np.ndarray]]]], shapes:
         assert same_loss == pytest.approx(loss, abs=1e-10)
         for name, gradient in gradients.items():
             np.testing.assert_allclose(same[name], gradient.numpy(), rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_adapters_in_compiled_blocks_learn_what_they_learn_in_eager_ones(tmp_path: Path) -> None:
+    with Ranks(1, tmp_path, COMPILING_S) as ranks:
+        [eager], [compiled] = (ranks.run(adapters_learnt, how) for how in ("none", "aot_eager"))
+    assert eager.keys() == compiled.keys()
+    for name, values in eager.items():
+        np.testing.assert_allclose(compiled[name], values, rtol=0, atol=1e-10, err_msg=name)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
