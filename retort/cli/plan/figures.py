@@ -75,22 +75,26 @@ def _tokens(config: RunConfig, given: Assumptions) -> Iterator[Figure]:
 
 
 def _trainer_memory(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterator[Figure]:
-    section = "Memory of a trainer rank"
-    full = shape.parameters * 4 / config.trainer.ranks
-    narrow = _bytes_per_number(config)
-    gathered = 2 * narrow * (shape.embedding_parameters + 2 * shape.layer_parameters)
+    section, ranks, narrow = "Memory of a trainer rank", config.trainer.ranks, _bytes_per_number(config)
+    what, trained = _trained(config, shape)
+    full = trained * 4 / ranks
+    frozen = shape.parameters * narrow / ranks
+    gathered = (1 if config.lora.rank else 2) * narrow * (shape.embedding_parameters + 2 * shape.layer_parameters)
+    both = "weights" if config.lora.rank else "weights and gradients"
     tokens = max(config.trainer.micro_batch_tokens, config.model.max_length)
+    base = [("frozen weights", frozen, "parameters in the computing type / ranks")] if config.lora.rank else []
     parts = [
-        ("weights", full, "parameters x 4 bytes / ranks"),
-        ("gradients", full, "parameters x 4 bytes / ranks"),
-        ("optimizer", 2 * full, "two moments x parameters x 4 bytes / ranks"),
-        ("teacher", full, "parameters x 4 bytes / ranks"),
-        ("gathered weights", gathered, "embedding and two layers, weights and gradients, in the computing type"),
+        *base,
+        ("weights", full, f"{what} x 4 bytes / ranks"),
+        ("gradients", full, f"{what} x 4 bytes / ranks"),
+        ("optimizer", 2 * full, f"two moments x {what} x 4 bytes / ranks"),
+        ("teacher", full, f"{what} x 4 bytes / ranks"),
+        ("gathered weights", gathered, f"embedding and two layers, {both}, in the computing type"),
         ("activations", tokens * _activation_bytes(config, shape), _activation_words(config, tokens)),
         ("logits", LOGITS_BYTES, "2**25 logits at a time, three times in float32"),
     ]
     if config.trainer.is_streamed:
-        parts.append(("weights at the start of a step", full, "parameters x 4 bytes / ranks"))
+        parts.append(("weights at the start of a step", full, f"{what} x 4 bytes / ranks"))
     away = config.trainer.offload
     parts = [(name, 0, "in the host's memory") if name in away else (name, size, how) for name, size, how in parts]
     for name, size, formula in parts:
@@ -117,13 +121,22 @@ def _rollout_memory(config: RunConfig, shape: ModelShape, given: Assumptions) ->
 
 
 def _weights(config: RunConfig, shape: ModelShape) -> Iterator[Figure]:
-    section, size = "Weights", _weight_bytes(config, shape)
+    what, trained = _trained(config, shape)
+    section, size = "Weights", trained * _bytes_per_number(config)
     yield Figure(section, "parameters", shape.parameters, "", "embedding + layers + norms; a tied head counts once")
-    yield Figure(section, "sent per weight sync", size, "bytes", "parameters in the served type, one broadcast")
+    if config.lora.rank:
+        yield Figure(section, what, trained, "", "rank x (numbers in + out) of every adapted matrix")
+    yield Figure(section, "sent per weight sync", size, "bytes", f"{what} in the served type, one broadcast")
     buckets = -(-size // int(config.weight_sync.bucket_mib * 2**20))
     yield Figure(section, "buckets", buckets, "", "bytes sent / bucket size, at least")
-    checkpoint = 16 * shape.parameters
-    yield Figure(section, "a checkpoint", checkpoint, "bytes", "weights, teacher and two moments, 4 bytes each")
+    yield Figure(section, "a checkpoint", 16 * trained, "bytes", f"{what}, teacher's and two moments, 4 bytes each")
+
+
+def _trained(config: RunConfig, shape: ModelShape) -> tuple[str, int]:
+    """What is trained, in words, and how many numbers."""
+    if config.lora.rank:
+        return "adapters' parameters", shape.adapter_parameters(config.lora.rank, config.lora.targets)
+    return "parameters", shape.parameters
 
 
 def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterator[Figure]:
@@ -151,9 +164,9 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:
     """Of one step at most: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
 
-    A forward pass is 2 operations a parameter and token, a backward pass 4, recomputation 2 more. The teacher's prompt
-    holds a demonstration of the mean length besides. Attention's own share is left out, and what updates spare by
-    sharing prompts, which depends on how they are dealt.
+    A forward pass is 2 operations a parameter and token. The teacher's prompt holds a demonstration of the mean length
+    besides. Attention's own share is left out, and what updates spare by sharing prompts, which depends on how they are
+    dealt.
     """
     trainer, completions, prompt, length = (
         config.trainer,
@@ -174,8 +187,8 @@ def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Operations of an update for a parameter and token."""
-    return 8 if config.trainer.activation_checkpointing else 6
+    """Operations of an update, a parameter and token: forward 2, backward 4 (frozen weights: 2), recomputation 2."""
+    return 2 + (2 if config.lora.rank else 4) + (2 if config.trainer.activation_checkpointing else 0)
 
 
 def sampling_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, replicas: int) -> float:

@@ -1,5 +1,6 @@
 """The shape of a language model, from its config.json: how many parameters, how much cache a token needs."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -36,10 +37,29 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return self.vocab_size * self.hidden_size
 
     @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The matrices of one decoder layer: how many numbers go in and come out."""
+        hidden, query, kv, inner = self.hidden_size, self.query_width, self.kv_width, self.intermediate_size
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    def adapter_parameters(self, rank: int, targets: Collection[str]) -> int:
+        """Of two factors beside each of these projections, or beside all, in every layer."""
+        widths = (sum(width) for name, width in self.projections.items() if name in targets or not targets)
+        return self.num_hidden_layers * rank * sum(widths)
+
+    @property
     def layer_parameters(self) -> int:
         """Projections, their biases, and the norms of one decoder layer."""
         hidden, query, kv, inner = self.hidden_size, self.query_width, self.kv_width, self.intermediate_size
-        matrices = 2 * hidden * query + 2 * hidden * kv + 3 * hidden * inner
+        matrices = sum(inputs * outputs for inputs, outputs in self.projections.values())
         biases = (query + 2 * kv + hidden) * self.attention_bias + (2 * inner + hidden) * self.mlp_bias
         if self.model_type == "qwen2":
             biases = query + 2 * kv

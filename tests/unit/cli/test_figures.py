@@ -67,6 +67,32 @@ def test_what_is_offloaded_takes_twelve_of_them_off_the_gpu() -> None:
     assert whole[section, "together"] - rest[section, "together"] == pytest.approx(12 * N / 6)
 
 
+def test_adapters_are_what_is_trained_sent_and_saved_beside_a_frozen_base() -> None:
+    # A layer's matrices have 6656, 3584, 3584, 6656, 12288, 12288 and 12288 numbers in and out: 57,344.
+    adapters = 36 * 16 * 57_344
+    numbers = values(reference("lora.rank=16"))
+    assert numbers["Weights", "adapters' parameters"] == adapters == 33_030_144
+    assert numbers["Weights", "sent per weight sync"] == 2 * adapters
+    assert numbers["Weights", "a checkpoint"] == 16 * adapters
+    memory = {name: value for (section, name), value in numbers.items() if section == "Memory of a trainer rank"}
+    assert memory["frozen weights"] == pytest.approx(2 * N / 6)
+    kept = [memory[name] for name in ("weights", "gradients", "optimizer", "teacher")]
+    assert sum(kept) == pytest.approx(20 * adapters / 6)
+    assert memory["together"] == pytest.approx(sum(memory.values()) - memory["together"])
+
+
+def test_adapters_of_one_projection_are_its_two_factors() -> None:
+    numbers = values(reference("lora.rank=8", 'lora.targets=["q_proj"]'))
+    assert numbers["Weights", "adapters' parameters"] == 36 * 8 * (2560 + 4096)
+
+
+def test_frozen_weights_take_no_gradient_of_their_own_in_the_backward_pass() -> None:
+    difference = training_seconds(reference(), SHAPE, GIVEN, ranks=6) - training_seconds(
+        reference("lora.rank=16"), SHAPE, GIVEN, ranks=6
+    )
+    assert difference == pytest.approx(N * 2 * 2048 * 1256 / 6 / 350e12)
+
+
 def test_checkpointing_keeps_the_input_of_every_layer_and_one_whole_layer() -> None:
     whole = 4 * (2560 + 32 * 128 + 8 * 128 + 9728)
     section = "Memory of a trainer rank"
