@@ -129,9 +129,11 @@ class TrainerConfig(Config):
     max_skipped_updates: PositiveInt = 8
     """So many skipped updates in a row end the run with exit code 5."""
     micro_batch_tokens: PositiveInt = 32768
-    """Tokens per forward and backward pass and rank; one longer row makes a micro-batch of its own."""
+    """Tokens per forward and backward pass and rank, a prompt counted for each of its completions; one longer row makes
+    a micro-batch of its own."""
     share_prompts: bool = True
-    """Compute a prompt once for all of its completions in a micro-batch, not once for each; gradients are the same."""
+    """Compute a prompt once for all of its completions in a micro-batch, not once for each; gradients are the same, up
+    to rounding."""
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass."""
     compile: Literal["none", "inductor", "aot_eager"] = "none"

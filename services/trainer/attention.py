@@ -1,9 +1,9 @@
 """Attention over packed sequences, plugged into transformers so that the model code stays the library's.
 
 Sequences of a micro-batch lie one after the other in a row without padding. Everything in the model works per token;
-only attention has to know what a token sees: `Segments`. On CUDA one kernel takes them all. Elsewhere, and in
-float32, it is called for each, so that nothing is computed for padding: laid side by side, sequences would cost the
-square of the longest each.
+only attention has to know what a token sees: `Segments`. On CUDA one kernel takes them all, and in float32 each has a
+call of its own. So has each on a CPU, by other means (`cpu_attention`). Nothing is computed for padding: laid side by
+side, sequences would cost the square of the longest each.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from services.trainer.cpu_attention import attend_on_cpu
-from services.trainer.segments import Segments
+from services.trainer.segments import Segments, take
 
 PACKED_ATTENTION = "retort_packed"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -54,8 +54,8 @@ def attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments
     copies = query.shape[1] // key.shape[1]
     out = varlen_attn(
         query[0].transpose(0, 1),
-        _seen(key, segments)[0].transpose(0, 1).repeat_interleave(copies, 1),
-        _seen(value, segments)[0].transpose(0, 1).repeat_interleave(copies, 1),
+        take(key, segments.seen, 2)[0].transpose(0, 1).repeat_interleave(copies, 1),
+        take(value, segments.seen, 2)[0].transpose(0, 1).repeat_interleave(copies, 1),
         segments.bounds,
         segments.seen_bounds,
         segments.longest,
@@ -70,7 +70,7 @@ def attend_at_once(query: Tensor, key: Tensor, value: Tensor, segments: Segments
 def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """From a call for each segment, with every type and on every device."""
     sizes, seen = segments.bounds.diff().tolist(), segments.seen_bounds.diff().tolist()
-    keys, values = (_seen(tensor, segments).split(seen, 2) for tensor in (key, value))
+    keys, values = (take(tensor, segments.seen, 2).split(seen, 2) for tensor in (key, value))
     out = [
         F.scaled_dot_product_attention(
             *qkv, attn_mask=causal_lower_right(qkv[0].shape[2], qkv[1].shape[2]), scale=scaling, enable_gqa=True
@@ -78,11 +78,6 @@ def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Segme
         for qkv in zip(query.split(sizes, 2), keys, values, strict=True)
     ]
     return torch.cat(out, 2).transpose(1, 2)
-
-
-def _seen(tensor: Tensor, segments: Segments) -> Tensor:
-    """[1, heads, T, d] -> [1, heads, K, d]: for each segment what it sees."""
-    return tensor if len(segments.seen) == tensor.shape[2] else tensor[:, :, segments.seen]
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

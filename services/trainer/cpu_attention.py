@@ -36,12 +36,12 @@ def attend_on_cpu(
     for own in _segments(bounds):
         results = FLASH(*_at(own, query, key, value), 0.0, True, scale=scaling)
         out[:, :, own], denominators[:, :, own] = results
-    for prefix, behind in _continued(bounds, prefixes):
-        of_prefix, of_prefix_denominators = FLASH(query[:, :, behind], *_at(prefix, key, value), 0.0, scale=scaling)
-        joint = torch.logaddexp(denominators[:, :, behind], of_prefix_denominators)
-        share = (of_prefix_denominators - joint).exp_()[..., None].to(out.dtype)
-        out[:, :, behind].lerp_(of_prefix, share)
-        denominators[:, :, behind] = joint
+    for prefix, continuing in _continued(bounds, prefixes):
+        of_prefix, of_prefix_denominators = FLASH(query[:, :, continuing], *_at(prefix, key, value), 0.0, scale=scaling)
+        joint = torch.logaddexp(denominators[:, :, continuing], of_prefix_denominators)
+        share = (of_prefix_denominators - joint).exp_()[..., None]
+        out[:, :, continuing] = out[:, :, continuing].to(share.dtype).lerp_(of_prefix.to(share.dtype), share)
+        denominators[:, :, continuing] = joint
     return out, denominators
 
 
@@ -61,11 +61,11 @@ def _backward_on_cpu(
     for own in _segments(bounds):
         tensors = _at(own, grad, query, key, value, out, denominators)
         of_query[:, :, own], of_key[:, :, own], of_value[:, :, own] = FLASH_BACKWARD(*tensors, 0.0, True, scale=scaling)
-    for prefix, behind in _continued(bounds, prefixes):
-        grad_behind, query_behind, *results = _at(behind, grad, query, out, denominators)
+    for prefix, continuing in _continued(bounds, prefixes):
+        grad_continuing, query_continuing, *results = _at(continuing, grad, query, out, denominators)
         of_prefix = _at(prefix, key, value)
-        more = FLASH_BACKWARD(grad_behind, query_behind, *of_prefix, *results, 0.0, False, scale=scaling)
-        of_query[:, :, behind] += more[0]
+        more = FLASH_BACKWARD(grad_continuing, query_continuing, *of_prefix, *results, 0.0, False, scale=scaling)
+        of_query[:, :, continuing] += more[0]
         of_key[:, :, prefix] += more[1]
         of_value[:, :, prefix] += more[2]
     return of_query, of_key, of_value
@@ -100,7 +100,7 @@ def _segments(bounds: Tensor) -> list[slice]:
 
 
 def _continued(bounds: Tensor, prefixes: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(a prefix, segments that continue it and lie side by side)"""
+    """(a prefix, segments that continue it and lie side by side: all of them, as they are packed)"""
     segments = _segments(bounds)
     for prefix, run in groupby(range(len(segments)), prefixes.tolist().__getitem__):
         if prefix != NO_PREFIX:

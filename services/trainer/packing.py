@@ -44,6 +44,8 @@ class MicroBatch:
 
     rows: list[int]
     """Which completions of the step these are; empty for a pass that only keeps other ranks company."""
+    sequence_lengths: list[int]
+    """Tokens of each completion and its prompt, shared or not."""
     input_ids: Tensor
     """[1, T]"""
     position_ids: Tensor
@@ -67,11 +69,12 @@ def number_prompts(prompts: Iterable[Sequence[int] | None], *, share: bool) -> l
 def plan(rows: Sequence[RowSize], *, ranks: int, token_budget: int, parity: float) -> list[list[list[int]]]:
     """Deal rows to ranks and micro-batches: [ranks][passes][...] indices into `rows`.
 
-    Tokens that see n tokens each cost 1 + n / (2 `parity`) (`ModelCost`). Rows are dealt one by one, which balances the
-    ranks, or prompt by prompt, which spares tokens: whichever is done sooner. Dearest first to the rank with the least
-    to do, then first-fit into micro-batches of at most `token_budget` tokens; a longer sequence gets one of its own.
-    Every rank has the same number of micro-batches, some of them empty. They go dearest first, since in a pass all
-    ranks wait for the slowest.
+    A sequence of n tokens costs n + n^2 / `parity` (`ModelCost`); behind a shared prompt of p tokens, n others cost
+    n + ((p + n)^2 - p^2) / `parity`. Rows are dealt one by one, which balances the ranks, or prompt by prompt, which
+    spares tokens: whichever is done sooner. Dearest first to the rank with the least to do, then first-fit into
+    micro-batches whose sequences have at most `token_budget` tokens; a longer one gets one of its own. Prompts count
+    for each completion, shared or not, since on a GPU attention has a copy for each. Every rank has the same number of
+    micro-batches, some of them empty. They go dearest first, since in a pass all ranks wait for the slowest.
     """
     planner = _Planner(rows, ranks, token_budget, parity)
     one_by_one = planner.deal([[index] for index in range(len(rows))])
@@ -120,23 +123,16 @@ class _Planner:
 
     def _first_fit(self, units: Sequence[list[int]]) -> list[list[int]]:
         micro_batches: list[list[int]] = []
-        prompts: list[set[int]] = []
         room: list[int] = []
         for unit in units:
-            prompt, prompt_tokens, _ = self.rows[unit[0]]
-            alone = sum(self.rows[index].completion_tokens for index in unit)
-            needs = (alone if prompt in known else prompt_tokens + alone for known in prompts)
-            fitting = next(
-                (i for i, (free, tokens) in enumerate(zip(room, needs, strict=True)) if free >= tokens), None
-            )
+            tokens = sum(self.rows[index].prompt_tokens + self.rows[index].completion_tokens for index in unit)
+            fitting = next((i for i, free in enumerate(room) if free >= tokens), None)
             if fitting is None:
                 fitting = len(micro_batches)
                 micro_batches.append([])
-                prompts.append(set())
                 room.append(self.token_budget)
-            room[fitting] -= alone if prompt in prompts[fitting] else prompt_tokens + alone
-            prompts[fitting].add(prompt)
             micro_batches[fitting] += unit
+            room[fitting] -= tokens
         return micro_batches
 
 
@@ -153,22 +149,24 @@ def pack(
     With `share`, rows of the same prompt stand together behind one.
     """
     packed = _Packed()
-    numbers = number_prompts([prompts[row] for row in rows], share=share)
-    for number in dict.fromkeys(numbers):
-        family = [row for row, its_number in zip(rows, numbers, strict=True) if its_number == number]
+    families: dict[int, list[int]] = {}
+    for number, row in zip(number_prompts([prompts[row] for row in rows], share=share), rows, strict=True):
+        families.setdefault(number, []).append(row)
+    for family in families.values():
         packed.add(prompts[family[0]] or (), [completions[row] for row in family])
-        packed.rows += family
-    if not rows:
+    if not packed.spans:
         # Two tokens, because a compiled block has code of its own for a single one.
         packed.add_segment([0, 0])
+    in_order = [row for family in families.values() for row in family]
     return MicroBatch(
-        rows=packed.rows,
+        rows=in_order,
+        sequence_lengths=[len(prompts[row] or ()) + len(completions[row]) for row in in_order],
         input_ids=torch.tensor([packed.tokens], device=device),
         position_ids=torch.tensor([packed.positions], device=device),
         spans=packed.spans,
         segments=Segments.of([span.tokens for span in packed.spans], packed.prefixes, device),
         predicting=torch.tensor(packed.predicting, dtype=torch.long, device=device),
-        targets=torch.tensor([t for row in packed.rows for t in completions[row]], dtype=torch.long, device=device),
+        targets=torch.tensor([t for row in in_order for t in completions[row]], dtype=torch.long, device=device),
     )
 
 
@@ -176,7 +174,6 @@ class _Packed:
     """The parts of a micro-batch while it grows."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.predicting: list[int] = []
@@ -194,13 +191,13 @@ class _Packed:
         self.add_segment(prompt)
         last = len(self.tokens) - 1
         for completion in completions:
-            if completion:
-                start = len(self.tokens)
-                self.predicting += [last, *range(start, start + len(completion) - 1)]
-                self.add_segment(completion, before=len(prompt), prefix=prefix)
+            start = len(self.tokens)
+            self.predicting += [last, *range(start, start + len(completion) - 1)][: len(completion)]
+            self.add_segment(completion, before=len(prompt), prefix=prefix)
 
     def add_segment(self, tokens: Sequence[int], before: int = 0, prefix: int = NO_PREFIX) -> None:
-        self.tokens += tokens
-        self.positions += range(before, before + len(tokens))
-        self.spans.append(Span(len(tokens), before))
-        self.prefixes.append(prefix)
+        if tokens:  # attention on a CPU divides by their number
+            self.tokens += tokens
+            self.positions += range(before, before + len(tokens))
+            self.spans.append(Span(len(tokens), before))
+            self.prefixes.append(prefix)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from services.trainer.packing import MicroBatch
+from services.trainer.segments import take
 
 LOGITS_AT_ONCE = 2**25
 """Largest number of logits that exist at a time: 128 MiB in float32."""
@@ -46,7 +47,7 @@ class PolicyModel(nn.Module):
             return TokenScores((hidden.sum() + head.sum())[None] * 0, hidden.new_zeros(1))
         at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
         scored = [
-            checkpoint(_score, hidden[positions], head, targets, temperature, use_reentrant=False)
+            checkpoint(_score, take(hidden, positions, 0), head, targets, temperature, use_reentrant=False)
             for positions, targets in zip(
                 torch.split(batch.predicting, at_once), torch.split(batch.targets, at_once), strict=True
             )

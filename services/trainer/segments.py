@@ -6,12 +6,53 @@ for them is the same for all.
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NO_PREFIX = -1
+
+
+@torch.library.custom_op("retort::take", mutates_args=())
+def take(tensor: Tensor, positions: Tensor, dim: int) -> Tensor:
+    """`tensor` at positions along a dimension, any number of times each. Gradients are summed up in float32 at least.
+
+    PyTorch's own indexing would round after every addition to a position, and compiled for a GPU in no fixed order.
+    """
+    return tensor.index_select(dim, positions)
+
+
+@torch.library.custom_op("retort::put_back", mutates_args=())
+def _put_back(grad: Tensor, positions: Tensor, dim: int, size: int) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad = grad.movedim(dim, 0)
+    # Unlike `index_add_`, in the same order every time.
+    total = grad.new_zeros(size, *grad.shape[1:], dtype=wide).index_put_((positions,), grad.to(wide), accumulate=True)
+    return total.to(grad.dtype).movedim(0, dim).contiguous()
+
+
+@take.register_fake
+def _taken(tensor: Tensor, positions: Tensor, dim: int) -> Tensor:
+    return tensor.new_empty([*tensor.shape[:dim], positions.shape[0], *tensor.shape[dim + 1 :]])
+
+
+@_put_back.register_fake
+def _whole(grad: Tensor, positions: Tensor, dim: int, size: int) -> Tensor:
+    return grad.new_empty([*grad.shape[:dim], size, *grad.shape[dim + 1 :]])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    tensor, positions, ctx.dim = inputs
+    ctx.size = tensor.shape[ctx.dim]
+    ctx.save_for_backward(positions)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _put_back(grad, *ctx.saved_tensors, ctx.dim, ctx.size), None, None
+
+
+take.register_autograd(_backward, setup_context=_keep)
 
 
 class Segments(NamedTuple):

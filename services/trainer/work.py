@@ -15,7 +15,7 @@ class Work:
     """Of one rank, or of all ranks together."""
 
     tokens: float = 0.0
-    """In all passes, prompts included; one that a micro-batch's completions share counts once."""
+    """Of the sequences in all passes. Each has a prompt, which may have been computed once for several."""
     room: float = 0.0
     """What they could have been: the token budget of every pass, or what a longer sequence needed."""
     operations: float = 0.0
@@ -29,7 +29,7 @@ class Work:
 
     def add(self, batch: MicroBatch, operations: float, token_budget: int) -> None:
         """Count a pass. One without rows has room and no tokens."""
-        tokens = sum(span.tokens for span in batch.spans) if batch.rows else 0
+        tokens = sum(batch.sequence_lengths)
         self.tokens += tokens
         self.room += max(tokens, token_budget)
         self.operations += operations

@@ -147,7 +147,7 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
     words = f"on {_sampling_gpus(config)} GPUs: tokens x time to read weights and caches / live completions"
     yield Figure(section, "sampling", sampling, "s", words)
     passes = _update_passes(config)
-    once = ", prompts once a group" if trainer.share_prompts else ""
+    once = ", their prompts once a group" if trainer.share_prompts else ""
     words = (
         f"on {trainer.ranks} GPUs: parameters x ({passes} x trained + 2 x old's + 2 x teacher's tokens{once}) / speed"
     )
@@ -162,11 +162,12 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
 
 
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:
-    """Of one step at most: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
+    """Of one step, about: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
 
     A forward pass is 2 operations a parameter and token. The teacher's prompt holds a demonstration of the mean length
-    besides. Attention's own share is left out, and what updates spare by sharing prompts, which depends on how they are
-    dealt.
+    besides. Shared prompts are taken to be computed once a group in the forward passes, which they are where a group
+    fits into a micro-batch and there are many groups a rank, and for each completion in the updates. Attention's own
+    share is left out.
     """
     trainer, completions, prompt, length = (
         config.trainer,

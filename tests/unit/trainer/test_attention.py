@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from services.trainer import attention
 from services.trainer.attention import attend_at_once, attend_one_by_one, packed_attention
 from services.trainer.packing import MicroBatch, pack
 from services.trainer.segments import NO_PREFIX, Segments
@@ -105,9 +106,44 @@ def test_what_each_segment_sees_put_before_it_gives_what_the_cpu_gives(lengths: 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def by_the_kernels_documentation(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What `varlen_attn` is said to compute, its causal mask aligned to the last key, for tensors [T, heads, d]."""
+    assert window_size == (-1, 0)
+    queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(queries), max(keys))
+    out = []
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~mask, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize(("lengths", "prefixes"), LAYOUTS)
+def test_the_kernel_is_asked_for_what_the_cpu_gives(
+    lengths: list[int], prefixes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", by_the_kernels_documentation)
+    heads = queries_keys_values(lengths, device="cpu", dtype=torch.float64)
+    segments = Segments.of(lengths, prefixes, CPU)
+    on_cpu, _ = packed_attention(torch.nn.Module(), *heads, None, segments=segments, scaling=0.125)
+    torch.testing.assert_close(attend_at_once(*heads, segments, 0.125), on_cpu, rtol=0, atol=1e-12)
+
+
 def test_the_kernel_for_all_sequences_takes_what_it_is_given() -> None:
-    segments = Segments.of([3, 9, 1], [NO_PREFIX, 0, 0], CPU)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        segments = Segments.of([3, 9, 1], [NO_PREFIX, 0, 0], CPU)
         heads = queries_keys_values([3, 9, 1], device="cpu")
         out = attend_at_once(*heads, segments, 0.125)
         out.sum().backward()

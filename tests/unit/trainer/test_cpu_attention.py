@@ -55,6 +55,17 @@ def test_values_and_gradients_are_those_of_one_product_with_a_mask(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def test_in_bfloat16_it_is_the_same_up_to_rounding() -> None:
+    exact = heads_of([3, 2, 5], 2)
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    segments = Segments.of([3, 2, 5], [NO_PREFIX, 0, 0], torch.device("cpu"))
+    outputs = [attend_on_cpu(*heads, segments.bounds, segments.prefixes, SCALING)[0] for heads in (exact, rounded)]
+    torch.testing.assert_close(outputs[1].double(), outputs[0], rtol=0, atol=0.03)
+    gradients = [torch.autograd.grad(out.sum(), heads) for out, heads in zip(outputs, (exact, rounded), strict=True)]
+    for expected, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_shapes_strides_and_gradients_are_as_the_compiler_is_told(transposed: bool) -> None:
     heads = heads_of([3, 2], 2)

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Sequence
 
 import torch
 from hypothesis import given
@@ -21,11 +20,6 @@ def alone(*lengths: int) -> list[RowSize]:
     return [RowSize(prompt, 0, length) for prompt, length in enumerate(lengths)]
 
 
-def tokens_of(rows: Sequence[RowSize], indices: Sequence[int]) -> int:
-    prompts = {rows[index].prompt: rows[index].prompt_tokens for index in indices}
-    return sum(prompts.values()) + sum(rows[index].completion_tokens for index in indices)
-
-
 PROMPT_TOKENS = (0, 3, 20)
 any_rows = st.lists(
     st.tuples(st.integers(0, 2), st.integers(0, 50)).map(lambda one: RowSize(one[0], PROMPT_TOKENS[one[0]], one[1])),
@@ -43,7 +37,7 @@ def test_every_plan_is_complete_balanced_in_passes_and_within_the_budget(
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     for micro_batch in (micro_batch for share in shares for micro_batch in share):
-        tokens = tokens_of(rows, micro_batch)
+        tokens = sum(rows[index].prompt_tokens + rows[index].completion_tokens for index in micro_batch)
         assert tokens <= token_budget or len([i for i in micro_batch if sum(rows[i][1:])]) == 1
 
 
@@ -95,10 +89,22 @@ def test_rows_of_the_only_prompt_are_dealt_one_by_one_so_that_no_rank_is_idle() 
     assert plan(rows, ranks=2, token_budget=30, parity=math.inf) == [[[0]], [[1]]]
 
 
-def test_a_shared_prompt_takes_room_once() -> None:
-    # 4 + 3 + 3 tokens fill the ten; the third row needs the prompt again.
+def test_a_shared_prompt_takes_room_for_each_of_its_completions() -> None:
+    # 4 + 3 and 4 + 3 tokens fill the fifteen, though 4 + 3 + 3 are computed.
     rows = [RowSize(0, 4, 3)] * 3
-    assert plan(rows, ranks=1, token_budget=10, parity=math.inf) == [[[0, 1], [2]]]
+    assert plan(rows, ranks=1, token_budget=15, parity=math.inf) == [[[0, 1], [2]]]
+
+
+@given(rows=any_rows.filter(any), token_budget=st.integers(1, 60))
+def test_attention_sees_at_most_half_as_many_keys_again_as_the_budget_has_tokens(
+    rows: list[RowSize], token_budget: int
+) -> None:
+    prompts = [[row.prompt] * row.prompt_tokens for row in rows]
+    completions = [[7] * row.completion_tokens for row in rows]
+    [share] = plan(rows, ranks=1, token_budget=token_budget, parity=10)
+    for micro_batch in share:
+        batch = pack(micro_batch, prompts, completions, CPU)
+        assert len(batch.segments.seen) <= max(1.5 * token_budget, *batch.sequence_lengths, 2)
 
 
 def test_the_same_prompts_have_the_same_number_unless_they_are_not_shared_or_empty() -> None:
@@ -113,6 +119,7 @@ def test_completions_of_one_prompt_lie_behind_it_and_count_on_from_it() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 7, 8, 9, 6, 6, 3, 5]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1]]
     assert batch.spans == [(2, 0), (3, 2), (2, 2), (2, 0)]
+    assert batch.sequence_lengths == [5, 4, 2]
     # The first token of each completion is predicted by the last of the prompt.
     assert batch.predicting.tolist() == [1, 2, 3, 1, 5, 7]
     assert batch.targets.tolist() == [7, 8, 9, 6, 6, 5]
@@ -159,3 +166,12 @@ def test_a_pass_without_rows_has_two_tokens_to_run_on_and_none_to_predict() -> N
     batch = packed()
     assert batch.input_ids.tolist() == [[0, 0]]
     assert (batch.predicting.tolist(), batch.targets.tolist()) == ([], [])
+
+
+def test_rows_without_any_token_are_a_pass_like_one_without_rows() -> None:
+    batch = pack([0, 1], [[], None], [[], []], CPU)
+    assert batch.input_ids.tolist() == [[0, 0]]
+    assert batch.spans == [(2, 0)]
+    assert (batch.predicting.tolist(), batch.targets.tolist()) == ([], [])
+    batch = pack([0, 1], [[], [1, 2]], [[], [3]], CPU)
+    assert batch.spans == [(3, 0)]

@@ -69,14 +69,18 @@ def test_scores_stand_where_their_tokens_do(mesh: DeviceMesh, token_budget: int,
     torch.testing.assert_close(scores.entropies.tolist(), [float(v) for v in entropies], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("share_prompts", "tokens"), [(True, 2 + 3 + 1 + 2), (False, 5 + 3 + 4)])
+@pytest.mark.parametrize(
+    ("share_prompts", "tokens"),
+    [(True, [1, 2, 5, 6, 7, 9, 10, 8]), (False, [1, 2, 5, 6, 7, 1, 2, 9, 10, 1, 2, 8])],
+)
 def test_a_prompt_is_computed_once_for_its_completions_or_for_each_with_the_same_scores(
-    mesh: DeviceMesh, share_prompts: bool, tokens: int
+    mesh: DeviceMesh, share_prompts: bool, tokens: list[int]
 ) -> None:
     policy, batch = a_policy(mesh, share_prompts=share_prompts), three_rows()
     expected = torch.cat([distribution([1, 2], ids, 1.0)[range(len(ids)), ids] for ids in batch.completions])
     torch.testing.assert_close(policy.score(batch, [0, 1, 2], batch.prompts).logprobs, expected, rtol=0, atol=1e-10)
-    assert policy.take_work().tokens == tokens
+    [micro_batch] = policy.micro_batches(batch, [0, 1, 2], batch.prompts)
+    assert micro_batch.input_ids[0].tolist() == tokens
 
 
 def test_the_probe_is_scored_at_temperature_1_whatever_the_policy_samples_at(mesh: DeviceMesh) -> None:

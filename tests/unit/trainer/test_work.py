@@ -16,6 +16,12 @@ def test_room_counts_passes_without_rows_and_what_a_long_sequence_needed() -> No
     assert (work.tokens, work.room, work.operations) == (9, 4 + 4 + 6, 12.0)
 
 
+def test_a_shared_prompt_fills_the_room_of_each_completion() -> None:
+    work = Work()
+    work.add(pack([0, 1], [[1, 2]] * 2, [[3], [4, 5]], CPU), operations=5.0, token_budget=8)
+    assert (work.tokens, work.room) == (3 + 4, 8)
+
+
 def test_the_work_of_the_ranks_adds_up(mesh: DeviceMesh) -> None:
     work = Work(tokens=3, room=4, operations=8.0, optimizer_seconds=0.5).of_all_ranks(CPU, peak_rate=100.0)
     assert (work.tokens, work.room, work.operations, work.optimizer_seconds) == (3, 4, 8.0, 0.5)
