@@ -2,8 +2,9 @@
 
 Both train the model of the run file with GRPO on its questions, 128 samples a step, with the same settings of the
 optimizer, on two cores, one after the other: the services as `retort run` starts them, and TRL's GRPOTrainer with its
-own generation. Start and validation are not counted. TRL is installed into an environment of its own, see
-`benchmarks.trainer`.
+own generation. Start and validation are not counted. With `--staleness 1` Retort samples for a step while it trains on
+the one before, which is another algorithm than TRL's, and says how much two services side by side are worth. TRL is
+installed into an environment of its own, see `benchmarks.trainer`.
 """
 
 import argparse
@@ -18,16 +19,18 @@ from benchmarks.trainer import python_with_trl
 
 CONFIG = "configs/tiny-cpu.toml"
 GOAL = 0.9
+STEPS = 15
+"""At most; TRL ends at the goal."""
 Curve = list[dict[str, float]]
 
 
-def with_retort(every: int, seed: int) -> Curve:
-    """Steps and their seconds, as the run's metrics have them."""
+def with_retort(every: int, seed: int, staleness: int) -> Curve:
+    """Validated steps and the seconds until then, as the run's metrics have them."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         settings = [
             "method.name=grpo", "method.aggregation=sequence_mean", f"validation.every={every}", f"seed={seed}",
-            "checkpoint.every=1000",
+            f"trainer.max_staleness={staleness}", f"trainer.steps={STEPS}", "checkpoint.every=1000",
         ]  # fmt: skip
         overrides = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-m", "retort.cli", "run", CONFIG, "--run-dir", str(run), *overrides]
@@ -36,7 +39,7 @@ def with_retort(every: int, seed: int) -> Curve:
     seconds, curve = 0.0, Curve()
     for line in lines:
         if line["step"]:
-            seconds += line["timing_s/step"]
+            seconds += line["timing_s/step"] - line.get("timing_s/validation", 0.0)
         if line["step"] and AVG16 in line:
             curve.append({"step": line["step"], "seconds": seconds, "avg@16": line[AVG16]})
     return curve
@@ -61,9 +64,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
     parser.add_argument("--every", type=int, default=5, help="steps between validations (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--staleness", type=int, default=0, help="trainer.max_staleness of Retort; TRL's is 0")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     args = parser.parse_args()
-    curves = {"retort": with_retort(args.every, args.seed), "trl": with_trl(args.every, args.seed)}
+    curves = {"retort": with_retort(args.every, args.seed, args.staleness), "trl": with_trl(args.every, args.seed)}
     reached = {name: at_goal(curve) for name, curve in curves.items()}
     ours, theirs = reached["retort"], reached["trl"]
     ratio = ours["seconds"] / theirs["seconds"] if ours and theirs else None
