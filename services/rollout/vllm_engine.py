@@ -16,6 +16,7 @@ from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from retort.config import RunConfig
 from retort.rollouts import SamplingParameters
@@ -46,6 +47,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
         # sample, with a C++ compiler, which a laptop may lack.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ["OMP_NUM_THREADS"] = str(engine_threads(config.rollout.replicas))
     return {
         "model": config.model.path,
         "dtype": config.model.dtype,
@@ -64,7 +66,15 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not
         # load there), and needs a C++ compiler.
         "enforce_eager": on_cpu,
+        # As on one GPU. vLLM would give a CPU a process for the worker: 17 s more at every start, and both sides of
+        # the queue between the two spin on a core each, for a second after the last message.
+        "distributed_executor_backend": UniProcExecutor if on_cpu and config.rollout.tensor_parallel == 1 else None,
     }
+
+
+def engine_threads(replicas: int) -> int:
+    """Of an engine on a CPU: the replicas of a host share its cores, all but one, which is the trainer's."""
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // replicas)
 
 
 def sampling_parameters(sampling: SamplingParameters, seed: int) -> SamplingParams:
