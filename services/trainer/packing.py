@@ -115,7 +115,7 @@ class _Planner:
     def duration(self, shares: list[list[list[int]]]) -> float:
         return sum(max(map(self.cost, micro_batches)) for micro_batches in zip(*shares, strict=True))
 
-    def cost(self, indices: Iterable[int]) -> float:
+    def cost(self, indices: Sequence[int]) -> float:
         """Of a micro-batch of these rows."""
         prompts = {self.rows[index].prompt: Span(self.rows[index].prompt_tokens, 0) for index in indices}
         completions = [Span(self.rows[index].completion_tokens, self.rows[index].prompt_tokens) for index in indices]
