@@ -152,9 +152,7 @@ def test_the_status_tells_how_it_ended(finished: LaunchedRun) -> None:
 
 def test_a_finished_run_leaves_no_process_no_port_and_no_shared_memory(finished: LaunchedRun) -> None:
     assert len(finished.addresses) == 3  # Valkey, reward service, rollout service
-    assert (
-        not finished.shared_memory
-    )  # vLLM has one process on a CPU, and a queue in shared memory only between several
+    assert not finished.shared_memory  # vLLM's, between several processes, of which a CPU has one
     assert finished.leftovers() == NOTHING_LEFT
 
 
