@@ -32,6 +32,8 @@ def with_retort(every: int, seed: int, staleness: int) -> Curve:
             "method.name=grpo", "method.aggregation=sequence_mean", f"validation.every={every}", f"seed={seed}",
             f"trainer.max_staleness={staleness}", f"trainer.steps={STEPS}", "checkpoint.every=1000",
         ]  # fmt: skip
+        if staleness:  # engine and trainer then differ by what was learned in between, too
+            settings.append("trainer.max_logprob_gap=1")
         overrides = [word for setting in settings for word in ("--set", setting)]
         command = [sys.executable, "-m", "retort.cli", "run", CONFIG, "--run-dir", str(run), *overrides]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -48,6 +48,7 @@ def offline(config: RunConfig, pipe: Connection) -> None:
 
     from services.rollout.vllm_engine import engine_settings, sampling_parameters
 
+    os.environ["RETORT_ENGINE_PARENT"] = str(os.getpid())  # the engine's process ends with this one
     llm = LLM(**engine_settings(config))
     pipe.send(())
     while items := pipe.recv():

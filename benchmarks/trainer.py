@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8, help="of 8 completions")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--longest", type=int, default=512, help="tokens of the longest completion")
-    parser.add_argument("--budget", type=int, default=2048, help="tokens of a packed micro-batch")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens of a packed micro-batch")
     parser.add_argument("--rows", type=int, default=8, help="rows of a padded micro-batch, TRL's too")
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many counts")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
