@@ -19,7 +19,7 @@ setup: .venv/ready  ## make .venv with everything the project needs (3.5 minutes
 	$(PIP) --requirement requirements/cpu.txt
 	$(PIP) --no-build-isolation --editable . && touch $@
 
-demo: setup  ## train the tiny model on chemistry questions (3.5 to 4 minutes, about 7.5 with the set-up)
+demo: setup  ## train the tiny model on chemistry questions (2 to 4 minutes, 5.5 to 7.5 with the set-up)
 	$(BIN)/retort run configs/tiny-cpu.toml
 
 test: setup check  ## every check and every test, real services included; two files at a time
