@@ -81,8 +81,11 @@ class Stack:
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
         """Wait. The error names what for and shows the last lines of every container."""
         deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert self.exit_code() is None, f"the trainer ended with {self.exit_code()} before {what}\n{self.tails()}"
+        while True:
+            ended = self.exit_code()  # before the condition, which the end may make true
+            if condition():
+                return
+            assert ended is None, f"the trainer ended with {ended} before {what}\n{self.tails()}"
             assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}\n{self.tails()}"
             time.sleep(0.5)
 
