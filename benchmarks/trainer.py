@@ -102,7 +102,7 @@ def packed(model: Any, batch: StepBatch, token_budget: int) -> Callable[[], Grad
             gradients.update({name: _whole(p.grad) for name, p in pairs})
         return step(learning_rate)
 
-    policy.step = keeping_the_first  # type: ignore[method-assign]
+    policy.step = keeping_the_first  # type: ignore[method-assign]  # the gradient is gone after the real one
 
     def update() -> Gradients:
         update_policy(policy, batch, rows, method, learning_rate=1e-6)
