@@ -63,6 +63,9 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         # ("CPU Generator does not use offset").
         "enable_chunked_prefill": False if on_cpu else None,
         "max_num_batched_tokens": max(config.model.max_length, 8192) if on_cpu else None,
+        # The completions of a group share the whole blocks of their prompt. A CPU's blocks have 128 tokens unless told
+        # otherwise; 32 is the least that its attention takes.
+        "block_size": 32 if on_cpu else None,
         # On a CPU compiling gains nothing, costs up to a minute at every start (vLLM's cache of it does not
         # load there), and needs a C++ compiler.
         "enforce_eager": on_cpu,

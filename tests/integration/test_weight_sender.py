@@ -212,7 +212,7 @@ def test_a_replica_that_is_silent_in_a_phase_is_named_and_costs_the_others_its_d
         policy = publish(sender, 0)
         start = time.monotonic()
         serving = sender.sync()
-        assert time.monotonic() - start < DEADLINE_S + 2.0
+        assert time.monotonic() - start < 2 * DEADLINE_S  # one deadline, and no second one
         assert serving == 1
         assert_holds(well, policy)
         assert well.says_it_serves(0)
@@ -232,7 +232,7 @@ def test_a_process_that_is_stopped_or_killed_in_a_phase_costs_the_others_its_dea
         policy = publish(sender, 0)
         start = time.monotonic()
         assert sender.sync() == 1
-        assert time.monotonic() - start < DEADLINE_S + 2.0
+        assert time.monotonic() - start < 2 * DEADLINE_S  # one deadline, and no second one
         assert_holds(well, policy)
         assert well.says_it_serves(0)
     assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", phase)]
