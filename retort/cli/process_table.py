@@ -1,10 +1,8 @@
 """Which processes make up a run, and what each is told: command, environment, addresses."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from retort.cli import credentials
+from retort.cli.ports import free_ports
 from retort.cli.preflight import redis_url
 from retort.cli.processes import Program
 from retort.cli.task import python_path
@@ -40,7 +39,7 @@ QUIET = {
 
 def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Program]]:
     """The Redis address and the programs of a run, in the order in which to start them. Chooses free ports."""
-    redis_port, reward_port, master_port, *http_ports = _free_ports(3 + config.rollout.replicas)
+    redis_port, reward_port, master_port, *http_ports = free_ports(3 + config.rollout.replicas)
     secrets = config.directory / SECRETS
     credentials.make_tokens(secrets)
     if not redis_url(config):
@@ -221,12 +220,3 @@ def _valkey(directory: Path, port: int) -> Program:
         log=directory / "logs" / "redis.log",
         addresses={"redis": f"127.0.0.1:{port}"},
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different free ports on this machine."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]

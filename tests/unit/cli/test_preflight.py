@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from retort.cli import preflight
+from retort.cli.ports import free_ports
 from retort.config import ConfigError, RunConfig
 
 
@@ -77,14 +78,8 @@ def test_a_port_in_use_is_named_with_its_key(table: str) -> None:
             preflight.check_ports(config(**{table: {"port": port}}))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_redis_url_where_nothing_listens_is_refused() -> None:
-    port = free_port()
+    [port] = free_ports(1)
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}") as error:
         preflight.check_services(config(redis={"url": f"redis://127.0.0.1:{port}/0"}))
     assert error.value.exit_code == 2
@@ -92,7 +87,7 @@ def test_a_redis_url_where_nothing_listens_is_refused() -> None:
 
 def test_a_reward_address_where_nothing_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REDIS_URL", raising=False)
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(ConfigError, match=f"reward.address = {address}: nothing listens there"):
         preflight.check_services(config(reward={"address": address}))
 
