@@ -143,7 +143,8 @@ class AsyncRewardClient:
         """
         with contextlib.suppress(TimeoutError):
             # A call on a channel that is not ready by then fails at once, and says why.
-            await asyncio.wait_for(self._channel.channel_ready(), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await self._channel.channel_ready()
         raised: list[Exception] = []
         call = self._service.ScoreStream(_in_batches(items, raised), metadata=self._metadata)
         try:

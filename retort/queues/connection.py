@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from redis import Redis
@@ -25,6 +26,8 @@ from retort.queues import replies
 from retort.queues.protocol import LIBRARY_SOURCE, function
 from retort.queues.replies import Reply
 
+T = TypeVar("T")
+
 OLDEST_REDIS = 7
 SOCKET_TIMEOUT_S = 10.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
@@ -35,6 +38,22 @@ IMPATIENT = 4
 """About half a second in all, for those who ask whether an address is right."""
 
 
+class _Repeats:
+    """What is repeated: all that time may mend. A refused password is told at once, though it is a ConnectionError."""
+
+    def call_with_retry(self, do: Any, fail: Any, is_retryable: Any = None, with_failure_count: bool = False) -> Any:
+        is_retryable = is_retryable or (lambda error: not isinstance(error, AuthenticationError))
+        return super().call_with_retry(do, fail, is_retryable, with_failure_count)  # type: ignore[misc]
+
+
+class _Retry(_Repeats, Retry):
+    """For `Redis`."""
+
+
+class _AsyncRetry(_Repeats, AsyncRetry):
+    """For `AsyncRedis`."""
+
+
 def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
     """A client of the server at `url` (`redis://[:password@]host:port[/db]`, `rediss://`, `unix://`).
 
@@ -42,7 +61,7 @@ def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
     Raises ConfigError when nothing usable answers.
     """
     try:
-        redis = Redis.from_url(url, retry=Retry(BACKOFF, attempts), **_settings())
+        redis = Redis.from_url(url, retry=_Retry(BACKOFF, attempts), **_settings())
         _check(url, redis.info())
     except (RedisError, ValueError) as error:
         raise _unusable(url, error) from error
@@ -52,7 +71,7 @@ def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
 async def connect_async(url: str, attempts: int = ATTEMPTS) -> AsyncRedis:
     """The same for asyncio."""
     try:
-        redis = AsyncRedis.from_url(url, retry=AsyncRetry(BACKOFF, attempts), **_settings())
+        redis = AsyncRedis.from_url(url, retry=_AsyncRetry(BACKOFF, attempts), **_settings())
         _check(url, await redis.info())
     except (RedisError, ValueError) as error:
         raise _unusable(url, error) from error
@@ -84,7 +103,7 @@ def load_library(redis: Redis) -> None:
 async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
     """The same for asyncio."""
     try:
-        return await redis.fcall(function(name), len(keys), *keys, *args)
+        return await heed_cancellation(redis.fcall(function(name), len(keys), *keys, *args))
     except ResponseError as error:
         if not replies.library_is_missing(error):
             raise
@@ -95,7 +114,22 @@ async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str |
     except ResponseError as error:
         if not replies.library_is_there(error):
             raise
-    return await redis.fcall(function(name), len(keys), *keys, *args)
+    return await heed_cancellation(redis.fcall(function(name), len(keys), *keys, *args))
+
+
+async def heed_cancellation(call: Awaitable[T]) -> T:
+    """The call's result. Raises CancelledError if the task was cancelled meanwhile, also where redis-py does not.
+
+    It sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes while it ends
+    (bpo-42130). A task that runs for ever would then go on, and whoever cancelled it would wait for ever.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "redis.asyncio is called within a task"
+    before = task.cancelling()
+    result = await call
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
+    return result
 
 
 async def _call_when_loaded(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:

