@@ -19,6 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
+import uvloop
 from redis import Redis
 
 from retort.queues import RolloutQueue, TrainerQueue, connect, connect_async
@@ -50,7 +51,7 @@ class NoScoring:
 
 
 def replica(url: str, run: str, name: str, tokens: int, done: Connection) -> None:
-    asyncio.run(_replica(url, run, name, tokens, done))
+    uvloop.run(_replica(url, run, name, tokens, done))
 
 
 async def _replica(url: str, run: str, name: str, tokens: int, done: Connection) -> None:

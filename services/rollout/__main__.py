@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from retort.config import ConfigError, RunConfig, load_config, secret
@@ -48,7 +49,7 @@ def main() -> int:
     try:
         config = load_config(args.config)
         log_with(run=config.key_prefix)
-        asyncio.run(serve(config, args.name, args.advertise or config.rollout.host, args.engine))
+        uvloop.run(serve(config, args.name, args.advertise or config.rollout.host, args.engine))
     except ConfigError as error:
         log_event("bad_configuration", logging.ERROR, message=error)
         return error.exit_code
