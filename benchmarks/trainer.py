@@ -30,14 +30,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from retort.config import MethodConfig, TrainerConfig
+from retort.config import MethodConfig
 from services.trainer.attention import PACKED_ATTENTION
 from services.trainer.batch import StepBatch
+from services.trainer.blocks import start_compiler
 from services.trainer.operations import ModelCost
 from services.trainer.packing import Span
+from services.trainer.parts import freeze_heap
 from services.trainer.policy import Policy
 from services.trainer.update import update_policy
-from tests.training import a_batch, a_group, a_rollout
+from tests.training import a_batch, a_config, a_group, a_rollout
 
 GROUP_SIZE = 8
 MODELS = ("tiny", "small")
@@ -84,13 +86,19 @@ def a_step(groups: int, prompt: int, longest: int) -> StepBatch:
     return batch
 
 
-def packed(model: Any, batch: StepBatch, token_budget: int) -> Callable[[], Gradients]:
+def packed(model: Any, batch: StepBatch, token_budget: int, compiler: str) -> Callable[[], Gradients]:
     """Retort's own update. `step` is where a gradient is whole, so it is read there."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    settings = TrainerConfig(
-        steps=1, activation_checkpointing=False, micro_batch_tokens=token_budget, max_grad_norm=1e9, weight_decay=0.0
-    )
-    policy = Policy(model, settings, init_device_mesh("cpu", (1,)), dtype=torch.float32, temperature=1.0)
+    settings = {
+        "activation_checkpointing": False,
+        "micro_batch_tokens": token_budget,
+        "max_grad_norm": 1e9,
+        "weight_decay": 0.0,
+        "compile": compiler,
+    }
+    config = a_config(trainer=settings)
+    start_compiler(config, torch.device("cpu"))
+    policy = Policy(model, config.trainer, init_device_mesh("cpu", (1,)), dtype=torch.float32, temperature=1.0)
     rows = list(range(len(batch.rollouts)))
     batch.old_logprobs, _ = policy.score(batch, rows, batch.prompts)
     batch.rollout_logprobs = batch.old_logprobs
@@ -176,8 +184,10 @@ def contend(args: argparse.Namespace) -> None:
     turns = Turns(args.gradients)
     ours = args.contender == "packed"
     model = language_model(args.model, PACKED_ATTENTION if ours else "sdpa")
-    update = packed(model, batch, args.budget) if ours else padded(model, batch, args.rows)
+    update = packed(model, batch, args.budget, args.compile) if ours else padded(model, batch, args.rows)
     turns.keep(update())
+    if ours:
+        freeze_heap()
     for _ in range(args.repeats):
         turns.begin()
         update()
@@ -283,6 +293,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
             "longest_completion": args.longest,
             "micro_batch_tokens": args.budget,
             "padded_rows_at_once": args.rows,
+            "compile": args.compile,
             "matmul_gflops": rate / 1e9,
             "threads": 1,
             "repeats": args.repeats,
@@ -300,6 +311,9 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="tokens of the longest completion")
     parser.add_argument("--budget", type=int, default=1024, help="tokens of a packed micro-batch")
     parser.add_argument("--rows", type=int, default=8, help="rows of a padded micro-batch, TRL's too")
+    parser.add_argument(
+        "--compile", choices=["none", "inductor"], default="none", help="trainer.compile of Retort's side"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many counts")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     parser.add_argument("--contender", help=argparse.SUPPRESS)

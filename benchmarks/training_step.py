@@ -36,6 +36,7 @@ from services.trainer.blocks import start_compiler
 from services.trainer.guards import Guards
 from services.trainer.journal import Journal
 from services.trainer.operations import finish, matmul_rate
+from services.trainer.parts import freeze_heap
 from services.trainer.policy import Policy
 from services.trainer.teacher import Teacher
 from services.trainer.train import learn
@@ -204,6 +205,7 @@ def measure(args: argparse.Namespace) -> None:
         before = peak_bytes(device) if args.device == "cpu" else 0
         step, snapshot = (plain_step(args, batch), None) if args.side == "plain" else retort_step(args, batch)
         first = timed(device, step)
+        freeze_heap()
         seconds: list[float] = []
         cpu_seconds: list[float] = []
         said: Mapping[str, float] = {}

@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.trl_step import LIKE_RETORT
 from retort.config import RunConfig, load_config
 from retort.questions import Question, load_questions
 from services.reward.checkers import Reward
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--goal", type=float, required=True)
     parser.add_argument("--every", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--like-retort", action="store_true", help="in float32, without activation checkpointing")
     args = parser.parse_args()
     torch.set_num_threads(2)
     print(json.dumps(learn(load_config(args.config), args)))
@@ -61,8 +63,7 @@ def learn(run: RunConfig, args: argparse.Namespace) -> list[dict[str, float]]:
             loss_type="grpo",
             beta=0.0,
             chat_template_kwargs={"enable_thinking": False},
-            bf16=False,
-            gradient_checkpointing=False,
+            **(LIKE_RETORT if args.like_retort else {}),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

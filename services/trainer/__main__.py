@@ -27,7 +27,7 @@ from services.trainer.fence import Fence
 from services.trainer.guards import DivergedError
 from services.trainer.journal import Journal, RunJournal
 from services.trainer.model_card import ModelCard
-from services.trainer.parts import assembler, make_policy, make_work, start_ranks
+from services.trainer.parts import assembler, freeze_heap, make_policy, make_work, start_ranks
 from services.trainer.prompts import decode
 from services.trainer.publish import WeightPublisher
 from services.trainer.steps import Rank0Steps, Steps
@@ -108,6 +108,7 @@ def run(config: RunConfig) -> int:
             )
         weights = WeightPublisher(sender, config, policy, probe_ids=work.of_step(1)[0].prompt_ids)
         exports = Exports(config, tokenizer, ModelCard(config).write if is_first else None, fence)
+        freeze_heap()
         try:
             finished = train(config, policy, teacher, steps, weights, checkpoints, exports, journal)
         except GivenUpError as error:

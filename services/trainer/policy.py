@@ -132,14 +132,14 @@ class Policy:
     def score_prompt(self, prompt_ids: Sequence[int]) -> list[float]:
         """Log-probability of every token of a prompt but the first, at temperature 1. Every rank works it out."""
         micro_batch = pack([0], [prompt_ids[:1]], [prompt_ids[1:]], self.device)
-        logprobs: list[float] = self.model(micro_batch, 1.0).logprobs.tolist()
+        logprobs: list[float] = self.model(micro_batch, 1.0, entropies=False).logprobs.tolist()
         return logprobs
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """[N] log-probs of the micro-batch's completion tokens at the sampling temperature, with their gradient."""
         # What is frozen has no gradient of its own: half of a backward pass.
         self._count(micro_batch, passes=2 if self.adapters else 3)
-        scores: TokenScores = self.model(micro_batch, self._temperature)
+        scores: TokenScores = self.model(micro_batch, self._temperature, entropies=False)
         return scores.logprobs
 
     def drop_gradient(self) -> float:

@@ -1,29 +1,30 @@
 """The network with the one output that training needs: log-probabilities of completion tokens.
 
-There is never a [tokens, vocabulary] tensor of a whole micro-batch: the head runs over a few hundred tokens at a time
-and is computed again in the backward pass.
+There is never a [tokens, vocabulary] tensor of a whole micro-batch: the head runs over some hundred tokens at a time,
+and again in the backward pass.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from services.trainer.packing import MicroBatch
 from services.trainer.segments import take
 
-LOGITS_AT_ONCE = 2**25
-"""Largest number of logits that exist at a time: 128 MiB in float32."""
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
+"""Largest number of logits that exist at a time: 128 and 512 MiB in float32. Each time costs a pass over the gradient
+of the head, which a GPU has to fetch from its memory: 220 tokens of Qwen3-4B take it less time than that pass."""
 
 
 class TokenScores(NamedTuple):
     logprobs: Tensor
     """[N] log-probability of every predicted token, at the sampling temperature."""
     entropies: Tensor
-    """[N] entropy of the distribution it was taken from, in nats, detached."""
+    """[N] entropy of the distribution it was taken from, in nats, detached; 0 where they were not asked for."""
 
 
 class PolicyModel(nn.Module):
@@ -33,7 +34,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.language_model = language_model
 
-    def forward(self, batch: MicroBatch, temperature: float) -> TokenScores:
+    def forward(self, batch: MicroBatch, temperature: float, *, entropies: bool = True) -> TokenScores:
         hidden = self.language_model.model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -45,23 +46,66 @@ class PolicyModel(nn.Module):
             # No token counts, but other ranks wait for this one's part of the collectives. The backward's need a
             # gradient of every parameter, an untied head included.
             return TokenScores((hidden.sum() + head.sum())[None] * 0, hidden.new_zeros(1))
-        at_once = max(1, LOGITS_AT_ONCE // head.shape[0])
-        scored = [
-            checkpoint(_score, take(hidden, positions, 0), head, targets, temperature, use_reentrant=False)
-            for positions, targets in zip(
-                torch.split(batch.predicting, at_once), torch.split(batch.targets, at_once), strict=True
-            )
-        ]
-        return TokenScores(torch.cat([lp for lp, _ in scored]), torch.cat([entropy for _, entropy in scored]))
+        scores: tuple[Tensor, Tensor] = _Score.apply(  # type: ignore[no-untyped-call]
+            take(hidden, batch.predicting, 0), head, batch.targets, temperature, entropies
+        )
+        return TokenScores(*scores)
 
 
-def _score(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """hidden [n, d], head [V, d], targets [n] -> logprobs [n] and entropies [n], in float32 at least."""
+class _Score(torch.autograd.Function):
+    """hidden [N, d], head [V, d], targets [N] -> logprobs [N] and entropies [N], in float32 at least.
+
+        z = hidden head' / temperature    L = logsumexp z    logprob = z[target] - L    entropy = L - sum softmax(z) z
+        d logprob / d z = onehot(target) - softmax(z)
+
+    Chunks add to the gradient of the head in float32 at least, which autograd by itself would do in the head's type.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, entropies: bool
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, normalizers, found = (hidden.new_zeros(len(targets), dtype=wide) for _ in range(3))
+        for chunk in _chunks(hidden, head):
+            logits = _logits(hidden[chunk], head, temperature)
+            normalizers[chunk] = logits.logsumexp(-1)
+            logprobs[chunk] = logits.gather(-1, targets[chunk, None])[:, 0] - normalizers[chunk]
+            if entropies:
+                probabilities = (logits - normalizers[chunk, None]).exp_()
+                found[chunk] = normalizers[chunk] - probabilities.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, head, targets, normalizers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(found)
+        return logprobs, found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, targets, normalizers = ctx.saved_tensors
+        of_hidden = torch.empty_like(hidden)
+        # A frozen head, that of adapters, has none.
+        of_head = torch.zeros_like(head, dtype=normalizers.dtype) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(hidden, head):
+            rate = grad[chunk, None] / ctx.temperature
+            logits = _logits(hidden[chunk], head, ctx.temperature)
+            of_logits = logits.sub_(normalizers[chunk, None]).exp_().mul_(-rate)
+            # Not scatter_add_, of which a GPU has no deterministic form.
+            of_logits[torch.arange(len(rate), device=rate.device), targets[chunk]] += rate[:, 0]
+            of_logits = of_logits.to(head.dtype)
+            of_hidden[chunk] = of_logits @ head
+            if of_head is not None and of_head.dtype == head.dtype:
+                of_head.addmm_(of_logits.T, hidden[chunk])
+            elif of_head is not None:
+                of_head += of_logits.T @ hidden[chunk]
+        return of_hidden, None if of_head is None else of_head.to(head.dtype), None, None, None
+
+
+def _chunks(hidden: Tensor, head: Tensor) -> list[slice]:
+    tokens = max(1, LOGITS_AT_ONCE[hidden.device.type] // len(head))
+    return [slice(start, start + tokens) for start in range(0, len(hidden), tokens)]
+
+
+def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
     logits = F.linear(hidden, head)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    normalizer = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normalizer
-    with torch.no_grad():
-        probabilities = (logits - normalizer[:, None]).exp_()
-        entropies = normalizer - (probabilities * logits).sum(-1)
-    return logprobs, entropies
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)

@@ -64,14 +64,32 @@ def test_the_head_gives_the_same_however_few_logits_exist_at_a_time(monkeypatch:
         return logprobs, model.language_model.lm_head.weight.grad
 
     at_once = logprobs_and_gradient()
-    monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", VOCABULARY)
+    monkeypatch.setitem(policy_model.LOGITS_AT_ONCE, "cpu", VOCABULARY)
     one_by_one = logprobs_and_gradient()
     torch.testing.assert_close(at_once, one_by_one, rtol=0, atol=1e-12)
 
 
+def test_the_gradient_of_the_scores_is_that_of_finite_differences() -> None:
+    hidden, head = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    targets = torch.tensor([0, 3, 3, 1, 2])
+    inputs = hidden.requires_grad_(), head.requires_grad_(), targets, 0.7, False
+    assert torch.autograd.gradcheck(lambda *given: policy_model._Score.apply(*given)[0], inputs)
+
+
+def test_chunks_of_a_narrow_model_add_to_the_gradient_of_the_head_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred tokens push the same logit by 1 and by a 256th: in bfloat16, 1 + 1/256 is 1."""
+    monkeypatch.setitem(policy_model.LOGITS_AT_ONCE, "cpu", 2)
+    hidden = torch.tensor([[1.0]] + [[1 / 256]] * 100, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    policy_model._Score.apply(hidden, head, torch.zeros(101, dtype=torch.long), 1.0, False)[0].sum().backward()
+    assert head.grad is not None
+    # Each token's share is (1 - 1/2) of its hidden value for its target, and minus as much for the other.
+    assert head.grad[:, 0].tolist() == pytest.approx([(1 + 100 / 256) / 2, -(1 + 100 / 256) / 2], rel=0.005)
+
+
 def test_neither_forward_nor_backward_holds_the_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, tokens, at_once = 32_768, 512, 16
-    monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", at_once * vocabulary)
+    monkeypatch.setitem(policy_model.LOGITS_AT_ONCE, "cpu", at_once * vocabulary)
     model = PolicyModel(a_language_model(dtype=torch.float32, vocabulary=vocabulary))
     batch = pack([0], [[1]], [[2] * tokens], torch.device("cpu"))
     with Allocations() as allocations:
@@ -103,5 +121,15 @@ def test_a_row_without_completion_has_no_scores_and_a_gradient_of_zero() -> None
     assert not model.language_model.lm_head.weight.grad.any()
 
 
-def test_entropies_carry_no_gradient() -> None:
-    assert not PolicyModel(a_language_model())(packed(0), 1.0).entropies.requires_grad
+def test_entropies_carry_no_gradient_and_are_zeros_where_nobody_asks() -> None:
+    model = PolicyModel(a_language_model())
+    assert not model(packed(0), 1.0).entropies.requires_grad
+    assert model(packed(0), 1.0, entropies=False).entropies.tolist() == [0.0, 0.0]
+
+
+def test_a_frozen_head_has_no_gradient_and_what_is_before_it_has() -> None:
+    model = PolicyModel(a_language_model(tied=False))
+    head = model.language_model.lm_head.weight.requires_grad_(False)
+    model(packed(0, 1), 1.0).logprobs.sum().backward()
+    assert head.grad is None
+    assert model.language_model.model.embed_tokens.weight.grad.any()
