@@ -1,10 +1,10 @@
 """Ports for services that keep their address when they are started again."""
 
-import contextlib
 import errno
 import random
 import socket
-from itertools import chain, repeat
+from collections.abc import Collection
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 LOWEST = 10_000
@@ -13,25 +13,37 @@ ELSEWHERE = 49_152
 """Where that range begins on other systems (IANA's, RFC 6335)."""
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that nobody has, below those that the kernel gives to connections.
+def free_ports(count: int, but: Collection[int] = ()) -> list[int]:
+    """Different ports that nobody has, below those that the kernel gives to connections, and none of `but`.
 
     One of the kernel's own may be somebody else's connection while its service is down, so that the service cannot
     come back. It may even be a connection to that service: a client that calls the port where nothing listens, and is
     given the same port for its own end, is connected with itself.
+
+    Raises OSError where there are not so many.
     """
     begin = int(KERNEL_RANGE.read_text().split()[0]) if KERNEL_RANGE.exists() else ELSEWHERE
-    below = range(LOWEST, begin)
+    below = [port for port in range(LOWEST, begin) if port not in but]
     # Where the kernel's range leaves too few, one of it is better than none; 0 asks for that.
-    candidates = chain(random.sample(below, len(below)), repeat(0))
-    with contextlib.ExitStack() as stack:
-        bound: list[socket.socket] = []
-        while len(bound) < count:
-            one = stack.enter_context(socket.socket())
-            try:
-                one.bind(("127.0.0.1", next(candidates)))
-                bound.append(one)
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
+    candidates = chain(random.sample(below, len(below)), repeat(0, count))
+    bound = list(islice(filter(None, map(_bound, candidates)), count))
+    try:
+        if len(bound) < count:
+            raise OSError(errno.EADDRINUSE, f"this machine has no {count} free ports")
         return [one.getsockname()[1] for one in bound]
+    finally:
+        for one in bound:
+            one.close()
+
+
+def _bound(port: int) -> socket.socket | None:
+    """A socket at this port of all addresses; None if somebody has it at one of them."""
+    one = socket.socket()
+    try:
+        one.bind(("", port))
+    except OSError as error:
+        one.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return one

@@ -66,11 +66,7 @@ def check_questions(config: RunConfig) -> None:
 
 def check_ports(config: RunConfig) -> None:
     """The ports that the user chose are free. Others are chosen when the services start."""
-    chosen = [("reward.port", config.reward.host, config.reward.port)]
-    if config.rollout.port:
-        ports = range(config.rollout.port, config.rollout.port + config.rollout.replicas)
-        chosen += [("rollout.port", config.rollout.host, port) for port in ports]
-    for key, host, port in chosen:
+    for key, host, port in chosen_ports(config):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -80,6 +76,18 @@ def check_ports(config: RunConfig) -> None:
                     f"{key}: cannot listen on {host}:{port}: {error.strerror}. "
                     "Choose another port, or 0 to let the system choose."
                 ) from None
+
+
+def chosen_ports(config: RunConfig) -> list[tuple[str, str, int]]:
+    """(key, host, port) of all that the run file names."""
+    first = config.rollout.port
+    replicas = range(first, first + config.rollout.replicas) if first else ()
+    chosen = [
+        ("reward.port", config.reward.host, config.reward.port),
+        *(("rollout.port", config.rollout.host, port) for port in replicas),
+        ("trainer.metrics_port", config.weight_sync.host, config.trainer.metrics_port),
+    ]
+    return [one for one in chosen if one[2]]
 
 
 def check_services(config: RunConfig) -> None:

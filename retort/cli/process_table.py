@@ -14,7 +14,7 @@ from redis.retry import Retry
 
 from retort.cli import credentials
 from retort.cli.ports import free_ports
-from retort.cli.preflight import redis_url
+from retort.cli.preflight import chosen_ports, redis_url
 from retort.cli.processes import Program
 from retort.cli.task import python_path
 from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName, secret
@@ -39,7 +39,8 @@ QUIET = {
 
 def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Program]]:
     """The Redis address and the programs of a run, in the order in which to start them. Chooses free ports."""
-    redis_port, reward_port, master_port, *http_ports = free_ports(3 + config.rollout.replicas)
+    taken = {port for _, _, port in chosen_ports(config)}
+    redis_port, reward_port, master_port, *http_ports = free_ports(3 + config.rollout.replicas, but=taken)
     secrets = config.directory / SECRETS
     credentials.make_tokens(secrets)
     if not redis_url(config):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable
+from functools import partialmethod
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,20 +39,21 @@ IMPATIENT = 4
 """About half a second in all, for those who ask whether an address is right."""
 
 
-class _Repeats:
-    """What is repeated: all that time may mend. A refused password is told at once, though it is a ConnectionError."""
-
-    def call_with_retry(self, do: Any, fail: Any, is_retryable: Any = None, with_failure_count: bool = False) -> Any:
-        is_retryable = is_retryable or (lambda error: not isinstance(error, AuthenticationError))
-        return super().call_with_retry(do, fail, is_retryable, with_failure_count)  # type: ignore[misc]
+def _may_mend(error: Exception) -> bool:
+    """Whether time may mend it. A refused password is told at once, though it is a ConnectionError."""
+    return not isinstance(error, AuthenticationError)
 
 
-class _Retry(_Repeats, Retry):
+class _Retry(Retry):
     """For `Redis`."""
 
+    call_with_retry = partialmethod(Retry.call_with_retry, is_retryable=_may_mend)
 
-class _AsyncRetry(_Repeats, AsyncRetry):
+
+class _AsyncRetry(AsyncRetry):
     """For `AsyncRedis`."""
+
+    call_with_retry = partialmethod(AsyncRetry.call_with_retry, is_retryable=_may_mend)
 
 
 def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
@@ -101,9 +103,9 @@ def load_library(redis: Redis) -> None:
 
 
 async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
-    """The same for asyncio."""
+    """The same for asyncio, within `heed_cancellation`."""
     try:
-        return await heed_cancellation(redis.fcall(function(name), len(keys), *keys, *args))
+        return await redis.fcall(function(name), len(keys), *keys, *args)
     except ResponseError as error:
         if not replies.library_is_missing(error):
             raise
@@ -114,11 +116,11 @@ async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str |
     except ResponseError as error:
         if not replies.library_is_there(error):
             raise
-    return await heed_cancellation(redis.fcall(function(name), len(keys), *keys, *args))
+    return await redis.fcall(function(name), len(keys), *keys, *args)
 
 
 async def heed_cancellation(call: Awaitable[T]) -> T:
-    """The call's result. Raises CancelledError if the task was cancelled meanwhile, also where redis-py does not.
+    """The call's result or error. Raises CancelledError if the task was cancelled meanwhile, where redis-py does not.
 
     It sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes while it ends
     (bpo-42130). A task that runs for ever would then go on, and whoever cancelled it would wait for ever.
@@ -126,10 +128,11 @@ async def heed_cancellation(call: Awaitable[T]) -> T:
     task = asyncio.current_task()
     assert task is not None, "redis.asyncio is called within a task"
     before = task.cancelling()
-    result = await call
-    if task.cancelling() > before:
-        raise asyncio.CancelledError
-    return result
+    try:
+        return await call
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 async def _call_when_loaded(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:

@@ -124,6 +124,6 @@ class RolloutQueue:
 
     async def _call(self, name: str, *args: str | bytes | int) -> Reply:
         try:
-            return await call_async(self._redis, name, self._keys.of_functions(), *args)
+            return await heed_cancellation(call_async(self._redis, name, self._keys.of_functions(), *args))
         except ResponseError as error:
             raise replies.refusal(error, who=self._replica) from error

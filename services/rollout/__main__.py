@@ -172,9 +172,7 @@ def _engine(config: RunConfig, name: str) -> tuple[Engine, Callable[[WeightRecei
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket to serve HTTP on; port 0 lets the system choose. Raises ConfigError when it is taken."""
-    # asyncio turns Nagle's algorithm off only where the protocol is named. With it on, an answer waits 40 ms for the
-    # client's delayed acknowledgement: it was a third of a weight sync.
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -91,22 +91,23 @@ def test_a_server_that_evicts_keys_is_refused(own_valkey: StartValkey) -> None:
         connect(server.connection_url)
 
 
-def test_a_cancelled_call_is_cancelled_wherever_it_is(run: Run) -> None:
+@pytest.mark.parametrize("call", ["announce", "take"])
+def test_a_cancelled_call_is_cancelled_wherever_it_is(run: Run, call: str) -> None:
     """A replica that leaves cancels what announces it: a cancellation that is forgotten is a replica that hangs."""
     replica = run.replica()
 
-    async def announce_for_ever() -> None:
+    async def call_for_ever() -> None:
         while True:
-            await replica.announce(a_member("rollout-0"))
+            await (replica.announce(a_member("rollout-0")) if call == "announce" else replica.take(1, block_s=0.01))
 
     async def cancel_after(turns: int) -> bool:
         """After so many turns of the event loop, which is somewhere in sending a call or in reading its answer."""
         await replica.announce(a_member("rollout-0"))
-        task = asyncio.create_task(announce_for_ever())
+        task = asyncio.create_task(call_for_ever())
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()
-        await asyncio.wait([task], timeout=0.2)
+        await asyncio.wait([task], timeout=10)
         was_cancelled = task.cancelled()
         while not task.done():
             task.cancel()

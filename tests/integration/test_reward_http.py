@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -266,17 +267,23 @@ def test_a_drain_has_one_deadline_for_both_faces_and_says_what_it_cut_off(tmp_pa
         assert "Traceback" not in service.read_log()
 
 
-def test_a_service_that_drains_is_not_ready_and_finishes_what_it_has() -> None:
+def test_a_service_that_drains_finishes_what_it_has(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+
     async def run() -> None:
-        with reward_service("--http-port", "0") as service:
-            slow = item(checker="python_tests", completion="import time; time.sleep(1)", answer="assert True")
+        with reward_service("--http-port", "0", python_path=install_user_checkers(tmp_path)) as service:
+            slow = item(checker="waits", answer=str(pipe))
             async with httpx.AsyncClient(base_url=service.http, timeout=20) as client:
                 call = asyncio.create_task(client.post("/v1/score", json={"items": [slow]}))
                 while "reward_items_in_flight 1.0" not in (await client.get("/metrics")).text:
                     assert not call.done()
                     await asyncio.wait([call], timeout=0.02)
                 service.process.send_signal(signal.SIGTERM)
-                assert (await call).json()["results"][0]["reward"] == 1.0
+                while "draining" not in service.read_log():
+                    assert not call.done()
+                    await asyncio.wait([call], timeout=0.02)
+                await asyncio.to_thread(pipe.write_text, "go on")
+                assert (await call).json()["results"][0]["reward"] == 0.25
             assert await asyncio.to_thread(service.process.wait, 15) == 0
 
     asyncio.run(run())

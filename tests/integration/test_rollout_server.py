@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 import uvicorn
+import uvloop
 
 from retort.config import ConfigError
 from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
@@ -101,7 +102,7 @@ def test_a_server_that_has_announced_itself_can_be_called_before_it_answers(
             _, writer = await asyncio.open_connection(url.host, url.port)
             writer.close()
 
-    asyncio.run(story())
+    uvloop.run(story())
 
 
 def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(run: Run) -> None:
@@ -127,7 +128,7 @@ def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(
                 await one.get("/healthz")
 
     with reward_service(port=0) as address:
-        asyncio.run(story(address))
+        uvloop.run(story(address))
 
 
 def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(run: Run) -> None:
@@ -151,7 +152,7 @@ def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(r
             assert await one.in_flight() == InFlight(waiting=1, leased=0, finished=1)
 
     with reward_service(port=0) as address:
-        asyncio.run(story(address))
+        uvloop.run(story(address))
 
 
 def test_a_server_whose_engine_died_ends(run: Run, unused_port: int) -> None:
@@ -163,7 +164,7 @@ def test_a_server_whose_engine_died_ends(run: Run, unused_port: int) -> None:
                 await asyncio.wait_for(running, 10)
             assert raised.group_contains(EngineDied, match="the engine's process ended")
 
-    asyncio.run(story())
+    uvloop.run(story())
 
 
 def test_a_server_that_was_evicted_ends(run: Run, unused_port: int) -> None:
@@ -175,7 +176,7 @@ def test_a_server_that_was_evicted_ends(run: Run, unused_port: int) -> None:
                 await asyncio.wait_for(running, 10)
             assert raised.group_contains(Evicted)
 
-    asyncio.run(story())
+    uvloop.run(story())
 
 
 def test_a_port_in_use_is_told_with_the_keys_of_the_run_file() -> None:

@@ -36,20 +36,9 @@ PROMPT = list(range(20, 44))
 T = TypeVar("T")
 
 KINDS = [
-    "embed_tokens",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "q_norm",
-    "k_norm",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "model.norm",
-]
+    "embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm",
+    "gate_proj", "up_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "model.norm",
+]  # fmt: skip
 
 
 class Served:
@@ -305,6 +294,19 @@ def test_what_becomes_of_the_kv_cache_of_sequences_in_flight(changed: Served, kv
     # Neither leaves anything for a new request, which sees the new version alone.
     assert changed.gap(changed.wait(changed.sample(PROMPT, [1]))[0]) < TOLERANCE
     changed.engine.kv_on_update = "keep"
+
+
+def test_a_prompt_is_read_from_the_cache_until_other_weights_are_loaded(changed: Served) -> None:
+    from services.rollout.vllm_engine import sampling_parameters
+
+    def cached_tokens() -> int:
+        generating = changed.engine._generate(range(20, 100), sampling_parameters(PLAIN, seed=1), priority=0)
+        found: int = changed.wait(generating).num_cached_tokens
+        return found
+
+    assert (cached_tokens(), cached_tokens()) == (0, 64)
+    changed.wait(changed.sync())
+    assert cached_tokens() == 0
 
 
 def test_a_seed_names_a_completion_whatever_else_is_sampled(changed: Served) -> None:
