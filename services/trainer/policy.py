@@ -125,8 +125,7 @@ class Policy:
                 self._count(micro_batch, passes=1)
                 if micro_batch.rows:
                     scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)
-        dist.all_reduce(scores)
-        return TokenScores(*scores.cpu())
+        return sum_over_ranks(scores)
 
     @torch.no_grad()
     def score_prompt(self, prompt_ids: Sequence[int]) -> list[float]:
@@ -135,12 +134,12 @@ class Policy:
         logprobs: list[float] = self.model(micro_batch, 1.0, entropies=False).logprobs.tolist()
         return logprobs
 
-    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
+    def differentiable_scores(self, micro_batch: MicroBatch, *, entropies: bool) -> TokenScores:
         """[N] log-probs of the micro-batch's completion tokens at the sampling temperature, with their gradient."""
         # What is frozen has no gradient of its own: half of a backward pass.
         self._count(micro_batch, passes=2 if self.adapters else 3)
-        scores: TokenScores = self.model(micro_batch, self._temperature, entropies=False)
-        return scores.logprobs
+        scores: TokenScores = self.model(micro_batch, self._temperature, entropies=entropies)
+        return scores
 
     def drop_gradient(self) -> float:
         """Forget the accumulated gradients, in place of `step`. Returns a norm that is not finite."""
@@ -182,6 +181,12 @@ class Policy:
         predicted = len(micro_batch.targets)
         operations = passes * self._cost.forward(micro_batch.spans, predicted) if micro_batch.rows else 0.0
         self._work.add(micro_batch, operations, self._token_budget)
+
+
+def sum_over_ranks(scores: Tensor) -> TokenScores:
+    """Log-probs and entropies [2, N], of which each rank has some and zeros, on every rank's host."""
+    dist.all_reduce(scores)
+    return TokenScores(*scores.cpu())
 
 
 def load_language_model(config: ModelConfig) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from services.trainer.publish import WeightPublisher
 from services.trainer.schedule import learning_rate, update_sizes
 from services.trainer.steps import Steps
 from services.trainer.teacher import Teacher
-from services.trainer.update import Update, update_policy
+from services.trainer.update import Update, make_update, take_gradient, update_policy
 from services.trainer.weight_copy import WeightCopy
 
 
@@ -47,10 +47,12 @@ def train(
         keep_if_best(weights, exports, steps.validate(policy.version, at_once=False))
 
     while policy.version < settings.steps:
-        parts, updates = [], []
+        parts: list[StepBatch] = []
+        updates: list[Update] = []
         for batch in steps.take(policy.version + 1):
+            # Before its first update, the policy is what `start` keeps.
+            updates += learn(config, policy, teacher, start if parts else None, batch, guards, journal)
             parts.append(batch)
-            updates += learn(config, policy, teacher, start, batch, guards, journal)
         if not parts:
             break
         # Before another version is served, because no replica could answer for the old one any more.
@@ -89,24 +91,27 @@ def learn(
 ) -> list[Update]:
     """Make the updates of a step, or of a part of it. `start`: the step's first weights, where they are gone by now."""
     settings = config.trainer
+    sizes = update_sizes(
+        groups_per_step=settings.groups_per_step,
+        groups_per_update=settings.groups_per_update,
+        group_size=settings.group_size,
+        ranks=policy.ranks,
+    )
+    first, *others = batch.updates(settings.update_order, sizes.sequences_per_update, config.seed)
+    # The first update's own pass says what the policy of the step's start thinks of its rows.
+    by_itself = set() if start else set(first) & set(batch.active_rows)
+    rows = [row for row in batch.scored_rows if row not in by_itself]
     with journal.timing("old_logprobs"):
-        batch.old_logprobs, batch.entropies = policy.score(batch, batch.scored_rows, batch.prompts, start)
+        batch.old_logprobs, batch.entropies = policy.score(batch, rows, batch.prompts, start)
     with journal.timing("teacher"):
         batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts, teacher)
-    guards.check_engine(batch)
 
     with journal.timing("update"):
         rate = learning_rate(batch.step, base=settings.learning_rate, warmup_steps=settings.warmup_steps)
-        sizes = update_sizes(
-            groups_per_step=settings.groups_per_step,
-            groups_per_update=settings.groups_per_update,
-            group_size=settings.group_size,
-            ranks=policy.ranks,
-        )
-        updates = [
-            update_policy(policy, batch, rows, config.method, learning_rate=rate)
-            for rows in batch.updates(settings.update_order, sizes.sequences_per_update, config.seed)
-        ]
+        gradient = take_gradient(policy, batch, first, config.method, is_first=start is None)
+        guards.check_engine(batch)
+        updates = [make_update(policy, gradient, rate)]
+        updates += [update_policy(policy, batch, rows, config.method, learning_rate=rate) for rows in others]
         guards.check_updates(updates)
     return updates
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from services.trainer.loss import aggregation_weights
 from services.trainer.methods import Evidence, method_of
 from services.trainer.moments import merge, moments
 from services.trainer.packing import MicroBatch
-from services.trainer.policy import Policy
+from services.trainer.policy import Policy, sum_over_ranks
 from services.trainer.ranks import gather_all
 from services.trainer.rollout_correction import rollout_weights
 from services.trainer.schedule import reweight_lambda
@@ -38,12 +39,29 @@ class Update:
         return math.isfinite(self.grad_norm)
 
 
+class Gradient(NamedTuple):
+    """What the policy has accumulated for an update that has not been made. On every rank."""
+
+    loss: float
+    statistics: Tensor
+    """[7, 3], for `Update`."""
+
+
 def update_policy(
     policy: Policy, batch: StepBatch, rows: Sequence[int], config: MethodConfig, *, learning_rate: float
 ) -> Update:
-    """One optimizer update on the given rows of a step.
+    """One optimizer update on the given rows of a step, whose old log-probs are known."""
+    return make_update(policy, take_gradient(policy, batch, rows, config), learning_rate)
 
-    Rows without a gradient are left out of the passes, and count in the denominators of the loss.
+
+def take_gradient(
+    policy: Policy, batch: StepBatch, rows: Sequence[int], config: MethodConfig, *, is_first: bool = False
+) -> Gradient:
+    """Backward passes over the given rows of a step.
+
+    Rows without a gradient are left out of the passes, and count in the denominators of the loss. `is_first`: the
+    policy is still that of the step's start, so that the rows' old log-probs are those of this very pass, which fills
+    them in.
     """
     method = method_of(config)
     lengths = batch.lengths[rows]
@@ -56,26 +74,38 @@ def update_policy(
         horizon=config.horizon,
     )
     loss = torch.zeros((), dtype=torch.float64)
+    found = torch.zeros(2, len(batch.old_logprobs), dtype=batch.old_logprobs.dtype, device=policy.device)
     active = set(batch.active_rows)
     # Counted once, not on every rank.
     idle = [row for row in rows if row not in active] if policy.rank == 0 else []
     statistics = [_idle_statistics(batch, idle, config)]
     for micro_batch in policy.micro_batches(batch, [row for row in rows if row in active], batch.prompts):
-        logprobs = policy.logprobs(micro_batch)
+        scores = policy.differentiable_scores(micro_batch, entropies=is_first)
         if not micro_batch.rows:
             # Other ranks have rows in this pass and wait for this one's part of the collectives.
-            logprobs.sum().backward()
+            scores.logprobs.sum().backward()
             continue
-        share, share_statistics = _loss(logprobs, micro_batch, batch, weights, config)
+        if is_first:
+            tokens = batch.tokens_of(micro_batch.rows)
+            found[:, tokens.to(policy.device)] = torch.stack(scores).detach()
+            batch.old_logprobs[tokens] = scores.logprobs.detach().cpu()
+        share, share_statistics = _loss(scores.logprobs, micro_batch, batch, weights, config)
         # FSDP averages gradients over ranks; the gradient of an update is the sum.
         (share * policy.ranks).backward()
         loss += share.detach().cpu()
         statistics.append(share_statistics.cpu())
-    total = float(gather_all(loss).sum())
+    if is_first:
+        tokens = batch.tokens_of([row for row in rows if row in active])
+        logprobs, entropies = sum_over_ranks(found)
+        batch.old_logprobs[tokens], batch.entropies[tokens] = logprobs[tokens], entropies[tokens]
+    return Gradient(float(gather_all(loss).sum()), merge(gather_all(merge(torch.stack(statistics)))))
+
+
+def make_update(policy: Policy, gradient: Gradient, learning_rate: float) -> Update:
+    """The optimizer's step. Where loss or gradient are not finite, nothing is changed."""
     # A loss can be NaN while its gradient is a clean 0, behind a clamp: such an update is no update either.
-    grad_norm = policy.step(learning_rate) if math.isfinite(total) else policy.drop_gradient()
-    merged = merge(gather_all(merge(torch.stack(statistics))))
-    return Update(total, grad_norm, learning_rate, merged[:3], merged[3:])
+    grad_norm = policy.step(learning_rate) if math.isfinite(gradient.loss) else policy.drop_gradient()
+    return Update(gradient.loss, grad_norm, learning_rate, gradient.statistics[:3], gradient.statistics[3:])
 
 
 def _idle_statistics(batch: StepBatch, rows: Sequence[int], config: MethodConfig) -> Tensor:

@@ -25,7 +25,7 @@ from services.trainer.publish import WeightPublisher
 from services.trainer.steps import Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import train
-from services.trainer.update import update_policy
+from services.trainer.update import make_update, take_gradient, update_policy
 from tests.training import VOCABULARY, a_batch, a_group, a_language_model, a_question, a_rollout
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -111,6 +111,20 @@ def one_update(
     batch = a_random_step(shapes, seed)
     update = update_policy(policy, batch, list(range(len(shapes) - 1)), MethodConfig(), learning_rate=0.0)
     return update.loss, policy.gradients
+
+
+def scored_beside_first_pass(shapes: Sequence[Shape], seed: int, token_budget: int) -> list[tuple[Arrays, Arrays]]:
+    """Scores and gradients of rows whose old log-probs have a pass of their own, and of the same in one pass."""
+    found = []
+    for is_first in (False, True):
+        policy, batch = a_policy(micro_batch_tokens=token_budget), a_random_step(shapes, seed)
+        scored = [] if is_first else batch.active_rows
+        batch.old_logprobs, batch.entropies = policy.score(batch, scored, batch.prompts)
+        gradient = take_gradient(policy, batch, list(range(len(shapes))), MethodConfig(), is_first=is_first)
+        make_update(policy, gradient, 0.0)
+        scores = {"old_logprobs": batch.old_logprobs.numpy(), "entropies": batch.entropies.numpy()}
+        found.append((scores, policy.gradients))
+    return found
 
 
 def compiled_beside_eager(backend: str, checkpointing: bool) -> tuple[float, int, int]:

@@ -18,6 +18,7 @@ from tests.integration.rank_programs import (
     a_recorded_step,
     a_run,
     one_update,
+    scored_beside_first_pass,
     updates_with_a_nan,
 )
 from tests.integration.reference_trainer import ReferenceTrainer, Row, gradients_of
@@ -78,6 +79,19 @@ def test_packing_changes_neither_loss_nor_gradients(
     ranks: RanksOf, size: int, shapes: list[Shape], seed: int, token_budget: int
 ) -> None:
     check_one_update(ranks(size), shapes, seed, token_budget)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@settings(max_examples=10, deadline=None)
+@given(shapes=st.lists(SHAPES, min_size=1, max_size=8), seed=st.integers(0, 99), token_budget=st.integers(1, 60))
+def test_old_logprobs_from_the_first_updates_pass_are_those_of_a_pass_of_their_own(
+    ranks: RanksOf, size: int, shapes: list[Shape], seed: int, token_budget: int
+) -> None:
+    for apart, at_once in ranks(size).run(scored_beside_first_pass, shapes, seed, token_budget):
+        for ours, theirs in zip(at_once, apart, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-10, err_msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -132,7 +132,7 @@ def test_the_gradient_is_that_of_the_explicit_sum(mesh: DeviceMesh, checkpointin
     factors = {name: tensor.requires_grad_() for name, tensor in with_random_factors(policy).items()}
     batch = three_rows()
     [micro_batch] = policy.micro_batches(batch, [0, 2], batch.prompts)
-    policy.logprobs(micro_batch).sum().backward()
+    policy.differentiable_scores(micro_batch, entropies=False).logprobs.sum().backward()
     rows = [batch.completions[row] for row in micro_batch.rows]
     sum(explicit_logprobs(factors, [1, 2], row).sum() for row in rows).backward()  # type: ignore[union-attr]
     for name, parameter in zip(policy.names, policy.parameters(), strict=True):
@@ -168,7 +168,7 @@ def test_a_pass_with_a_gradient_counts_as_two_because_frozen_weights_have_none(m
         batch = three_rows()
         [micro_batch] = policy.micro_batches(batch, [0, 1, 2], batch.prompts)
         for _ in range(2 - len(operations)):
-            policy.logprobs(micro_batch)
+            policy.differentiable_scores(micro_batch, entropies=False)
         operations.append(policy.take_work().operations)
     assert operations[0] == 2 * operations[1] > 0
 

@@ -146,7 +146,7 @@ def test_activation_checkpointing_computes_every_layer_a_second_time(mesh: Devic
     policy = Policy(model, settings, mesh, dtype=torch.float64, temperature=1.0)
     batch = three_rows()
     [micro_batch] = policy.micro_batches(batch, [0, 1], batch.prompts)
-    policy.logprobs(micro_batch).sum().backward()
+    policy.differentiable_scores(micro_batch, entropies=False).logprobs.sum().backward()
     assert len(passes) == (4 if checkpointing else 2)
 
 
@@ -154,7 +154,7 @@ def test_a_bfloat16_policy_keeps_float32_weights_gradients_and_scores(mesh: Devi
     policy = a_policy(mesh, dtype=torch.bfloat16)
     batch = three_rows()
     [micro_batch] = policy.micro_batches(batch, [0, 1], batch.prompts)
-    logprobs = policy.logprobs(micro_batch)
+    logprobs = policy.differentiable_scores(micro_batch, entropies=False).logprobs
     logprobs.sum().backward()
     assert logprobs.dtype == torch.float32
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}

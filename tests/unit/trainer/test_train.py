@@ -11,14 +11,16 @@ from retort.weight_sync import Snapshot
 from services.trainer.batch import StepBatch
 from services.trainer.checkpoint import Checkpoints
 from services.trainer.export import Exports
-from services.trainer.guards import DivergedError
+from services.trainer.guards import DivergedError, Guards
 from services.trainer.journal import Journal
 from services.trainer.policy import Policy
+from services.trainer.policy_model import TokenScores
 from services.trainer.publish import WeightPublisher
 from services.trainer.steps import Steps
 from services.trainer.teacher import Teacher
-from services.trainer.train import train
+from services.trainer.train import learn, train
 from services.trainer.update import Update
+from services.trainer.weight_copy import WeightCopy
 from services.trainer.weight_sender import SyncReport
 from services.trainer.work import Work
 from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
@@ -98,6 +100,22 @@ class LoggedCheckpoints(Checkpoints):
     def save(self, policy: Policy, teacher: Teacher) -> None:
         super().save(policy, teacher)
         self._events.append(f"save {policy.version}")
+
+
+class ScoringPolicy(Policy):
+    """Remembers how many rows were scored without a gradient."""
+
+    scored: tuple[int, ...] = ()
+
+    def score(
+        self,
+        batch: StepBatch,
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int] | None],
+        weights: WeightCopy | None = None,
+    ) -> TokenScores:
+        self.scored += (len(rows),)
+        return super().score(batch, rows, prompts, weights)
 
 
 def run(
@@ -195,6 +213,28 @@ def test_a_finished_run_that_is_resumed_does_nothing(mesh: DeviceMesh, tmp_path:
 def test_an_engine_that_disagrees_ends_the_run_before_anything_is_learned(mesh: DeviceMesh, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="step 1"):
         run(mesh, tmp_path, logprob=-30.0)
+
+
+def test_nothing_is_learned_from_what_an_engine_that_disagrees_sampled(mesh: DeviceMesh) -> None:
+    config = a_config(trainer={"max_logprob_gap": 9.0})
+    policy = Policy(a_language_model(), config.trainer, mesh, dtype=torch.float64, temperature=1.0)
+    before = [shard.clone() for shard in policy.local_shards()]
+    [batch] = Recorder(-30.0, 99, [range(8, 16)], beside=False).take(1)
+    with pytest.raises(DivergedError, match="Nothing was learned from it"):
+        learn(config, policy, Teacher(policy), None, batch, Guards(config.trainer, lambda _: None), Journal())
+    assert all(map(torch.equal, policy.local_shards(), before))
+
+
+@pytest.mark.parametrize(("groups_per_update", "rows"), [(2, 4), (4, 0)])
+def test_rows_of_the_first_update_have_no_pass_for_their_old_logprobs_alone(
+    mesh: DeviceMesh, groups_per_update: int, rows: int
+) -> None:
+    config = a_config(trainer={"max_logprob_gap": 9.0, "groups_per_update": groups_per_update})
+    policy = ScoringPolicy(a_language_model(), config.trainer, mesh, dtype=torch.float64, temperature=1.0)
+    [batch] = Recorder(-3.0, 99, [range(8, 16)], beside=False).take(1)
+    learn(config, policy, Teacher(policy), None, batch, Guards(config.trainer, lambda _: None), Journal())
+    for_the_teacher = 8
+    assert policy.scored == (rows, for_the_teacher)
 
 
 def test_a_step_that_arrives_in_parts_equals_one_that_came_whole(mesh: DeviceMesh, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from services.trainer.batch import StepBatch
 from services.trainer.loss import loss_metrics, weight_metrics
 from services.trainer.packing import MicroBatch
 from services.trainer.policy import Policy
+from services.trainer.policy_model import TokenScores
 from services.trainer.update import update_policy
 from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
 
@@ -22,9 +23,9 @@ class RecordingPolicy(Policy):
 
     passed: list[int]
 
-    def logprobs(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def differentiable_scores(self, micro_batch: MicroBatch, *, entropies: bool) -> TokenScores:
         self.passed = [*getattr(self, "passed", []), *micro_batch.rows]
-        return super().logprobs(micro_batch)
+        return super().differentiable_scores(micro_batch, entropies=entropies)
 
 
 def a_policy(mesh: DeviceMesh, max_grad_norm: float = 1e9) -> RecordingPolicy:
