@@ -164,7 +164,7 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:
     """Of one step, about: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
 
-    A forward pass is 2 operations a parameter and token. The teacher's prompt holds a demonstration of the mean length
+    A forward pass is 2 operations a parameter and token. The first update has none for its old logprobs. The teacher's prompt holds a demonstration of the mean length
     besides. Shared prompts are taken to be computed once a group in the forward passes, which they are where a group
     fits into a micro-batch and there are many groups a rank, and for each completion in the updates. Attention's own
     share is left out.
@@ -181,7 +181,8 @@ def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *
         prompts = trainer.groups_per_step
         # A group is shown its first success, and that one is shown the second.
         demonstrations = min(completions, 2 * trainer.groups_per_step)
-    scored = completions * length + prompts * prompt
+    later = 1 - trainer.groups_per_update / trainer.groups_per_step
+    scored = later * (completions * length + prompts * prompt)
     taught = completions * length + demonstrations * (prompt + length)
     operations = shape.multiplied_parameters * (_update_passes(config) * trained + 2 * scored + 2 * taught)
     return operations / (ranks * given.tflops * 1e12)
