@@ -200,6 +200,17 @@ def test_a_run_of_a_new_task_is_resumed_after_an_interruption_and_after_its_laun
     assert run.leftovers() == NOTHING_LEFT
 
 
+def test_a_run_that_trains_adapters_leaves_a_whole_model_that_differs_where_adapters_are(run: LaunchedRun) -> None:
+    steps = 2
+    run.start(trainer__steps=steps, lora__rank=4, trainer__learning_rate=1e-3)
+    assert run.finish() == 0, run.tails()
+    check_training(run, steps)
+    before = dict(AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny").named_parameters())
+    model = AutoModelForCausalLM.from_pretrained(run.directory / "hf")
+    trained = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert trained == {name for name in before if "_proj" in name}
+
+
 @pytest.mark.chaos
 def test_services_that_are_killed_come_back_and_the_run_goes_on(run: LaunchedRun) -> None:
     steps = 14
