@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from services.trainer.packing import MicroBatch
 from services.trainer.segments import take
 
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**27}
-"""Largest number of logits that exist at a time: 128 and 512 MiB in float32. Each time costs a pass over the gradient
-of the head, which a GPU has to fetch from its memory: 220 tokens of Qwen3-4B take it less time than that pass."""
+LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
+"""Largest number of logits that exist at a time: 32 MiB in float32, which is the most that a host's allocator uses again,
+and 512 MiB. Each time costs a pass over the gradient of the head, which a GPU has to fetch from its memory: that takes
+longer than what 220 tokens of Qwen3-4B, 128 MiB of logits, have to compute."""
 
 
 class TokenScores(NamedTuple):
