@@ -16,8 +16,8 @@ from services.trainer.packing import MicroBatch
 from services.trainer.segments import take
 
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**27}
-"""Largest number of logits that exist at a time: 32 MiB in float32, which is the most that a host's allocator uses again,
-and 512 MiB. Each time costs a pass over the gradient of the head, which a GPU has to fetch from its memory: that takes
+"""Largest number of logits that exist at a time: 32 MiB in float32, the most that a host's allocator uses again, and
+512 MiB. Each time costs a pass over the gradient of the head, which a GPU has to fetch from its memory: that takes
 longer than what 220 tokens of Qwen3-4B, 128 MiB of logits, have to compute."""
 
 
