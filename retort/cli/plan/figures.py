@@ -164,10 +164,10 @@ def _balance(config: RunConfig, shape: ModelShape, given: Assumptions) -> Iterat
 def training_seconds(config: RunConfig, shape: ModelShape, given: Assumptions, *, ranks: int) -> float:
     """Of one step, about: a forward pass for old logprobs, one for the teacher, forward and backward for the update.
 
-    A forward pass is 2 operations a parameter and token. The first update has none for its old logprobs. The teacher's prompt holds a demonstration of the mean length
-    besides. Shared prompts are taken to be computed once a group in the forward passes, which they are where a group
-    fits into a micro-batch and there are many groups a rank, and for each completion in the updates. Attention's own
-    share is left out.
+    A forward pass is 2 operations a parameter and token. The first update has none for its old logprobs. The teacher's
+    prompt holds a demonstration of the mean length besides. Shared prompts are taken to be computed once a group in the
+    forward passes, which they are where a group fits into a micro-batch and there are many groups a rank, and for each
+    completion in the updates. Attention's own share is left out.
     """
     trainer, completions, prompt, length = (
         config.trainer,
