@@ -186,8 +186,7 @@ def contend(args: argparse.Namespace) -> None:
     model = language_model(args.model, PACKED_ATTENTION if ours else "sdpa")
     update = packed(model, batch, args.budget, args.compile) if ours else padded(model, batch, args.rows)
     turns.keep(update())
-    if ours:
-        freeze_heap()
+    freeze_heap()
     for _ in range(args.repeats):
         turns.begin()
         update()

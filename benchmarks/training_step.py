@@ -153,14 +153,15 @@ def plain_step(args: argparse.Namespace, batch: StepBatch) -> Step:
 
     def step() -> Mapping[str, float]:
         with torch.no_grad():
-            old = [logprobs(model, prompt, completion) for prompt, _, completion, _ in rows]
+            later = rows[rows_per_update:]  # what the first update starts from is what its own pass says
+            old = [logprobs(model, prompt, completion) for prompt, _, completion, _ in later]
             taught = [logprobs(teacher, shown or [], completion) for _, shown, completion, _ in rows]
         for start in range(0, len(rows), rows_per_update):
             for row in range(start, min(len(rows), start + rows_per_update)):
                 prompt, _, completion, advantage = rows[row]
                 new = logprobs(model, prompt, completion)
                 factor = 0.5 + 0.5 * ((taught[row] - new.detach()) * (1 if advantage > 0 else -1)).exp().clamp(0.8, 1.2)
-                ratio = (new - old[row]).exp()
+                ratio = (new - (new.detach() if row < rows_per_update else old[row - rows_per_update])).exp()
                 weighted = advantage * factor
                 loss = -torch.minimum(weighted * ratio, weighted * ratio.clamp(0.8, 1.28))
                 (loss.mean() / rows_per_update).backward()

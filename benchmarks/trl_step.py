@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from services.trainer.batch import StepBatch
+from services.trainer.parts import freeze_heap
 
 # In place of its defaults for a CPU too: bfloat16 autocast and activation checkpointing.
 LIKE_RETORT = {"bf16": False, "gradient_checkpointing": False}
@@ -40,6 +41,8 @@ class Timed(TrainerCallback):
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         if state.global_step > 1:
             self._turns.end()
+        else:
+            freeze_heap()  # as Retort's trainer does
 
 
 def as_generated(batch: StepBatch) -> dict[str, torch.Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from retort.queues import Evicted, RolloutQueue
-from retort.queues.connection import heed_cancellation
 from retort.queues.protocol import CONSUMER_GROUP, Entry, Keys, Kind
 from retort.queues.replies import Reply
 from retort.rollouts import Message
@@ -134,12 +133,11 @@ class Fleet:
     async def _let_leases_run_out(self, name: str) -> None:
         stream: Any = Keys(self.run).work("train")
         with self.loop.held():
-            reading = self.redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 10_000, name)
-            ids: list[Any] = [lease["message_id"] for lease in await heed_cancellation(reading)]
+            held = await self.redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 10_000, name)
+            ids: list[Any] = [lease["message_id"] for lease in held]
             if ids:
                 idle_ms = NEVER_S * 1000
-                claiming = self.redis.xclaim(stream, CONSUMER_GROUP, name, 0, ids, idle=idle_ms, justid=True)
-                await heed_cancellation(claiming)
+                await self.redis.xclaim(stream, CONSUMER_GROUP, name, 0, ids, idle=idle_ms, justid=True)
 
 
 def replica_name(number: int) -> str:

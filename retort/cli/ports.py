@@ -25,8 +25,8 @@ def free_ports(count: int, but: Collection[int] = ()) -> list[int]:
     begin = int(KERNEL_RANGE.read_text().split()[0]) if KERNEL_RANGE.exists() else ELSEWHERE
     below = [port for port in range(LOWEST, begin) if port not in but]
     # Where the kernel's range leaves too few, one of it is better than none; 0 asks for that.
-    candidates = chain(random.sample(below, len(below)), repeat(0, count))
-    bound = list(islice(filter(None, map(_bound, candidates)), count))
+    candidates = chain(random.sample(below, len(below)), repeat(0, 10 * count))
+    bound = list(islice(filter(None, (_bound(port, but) for port in candidates)), count))
     try:
         if len(bound) < count:
             raise OSError(errno.EADDRINUSE, f"this machine has no {count} free ports")
@@ -36,14 +36,15 @@ def free_ports(count: int, but: Collection[int] = ()) -> list[int]:
             one.close()
 
 
-def _bound(port: int) -> socket.socket | None:
-    """A socket at this port of all addresses; None if somebody has it at one of them."""
+def _bound(port: int, but: Collection[int]) -> socket.socket | None:
+    """A socket at this port of all addresses; None if somebody has it at one of them, or it is one of `but`."""
     one = socket.socket()
     try:
         one.bind(("", port))
+        if one.getsockname()[1] not in but:
+            return one
     except OSError as error:
-        one.close()
-        if error.errno != errno.EADDRINUSE:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        return None
-    return one
+    one.close()
+    return None

@@ -74,7 +74,7 @@ def check_ports(config: RunConfig) -> None:
             except OSError as error:
                 raise ConfigError(
                     f"{key}: cannot listen on {host}:{port}: {error.strerror}. "
-                    "Choose another port, or 0 to let the system choose."
+                    f"Choose another port, or 0 {'for no metrics' if 'metrics' in key else 'to let the system choose'}."
                 ) from None
 
 

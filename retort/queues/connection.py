@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
 from functools import partialmethod
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from redis import Redis
@@ -26,8 +25,6 @@ from retort.config import ConfigError
 from retort.queues import replies
 from retort.queues.protocol import LIBRARY_SOURCE, function
 from retort.queues.replies import Reply
-
-T = TypeVar("T")
 
 OLDEST_REDIS = 7
 SOCKET_TIMEOUT_S = 10.0
@@ -70,10 +67,28 @@ def connect(url: str, attempts: int = ATTEMPTS) -> Redis:
     return redis
 
 
+class _HeedfulRedis(AsyncRedis):
+    """Raises CancelledError where its task was cancelled during a command, also where redis-py does not.
+
+    It sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes while it ends
+    (bpo-42130). A task that runs for ever would then go on, and whoever cancelled it would wait for ever.
+    """
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        task = asyncio.current_task()
+        assert task is not None, "redis.asyncio is called within a task"
+        before = task.cancelling()
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            if task.cancelling() > before:
+                raise asyncio.CancelledError
+
+
 async def connect_async(url: str, attempts: int = ATTEMPTS) -> AsyncRedis:
     """The same for asyncio."""
     try:
-        redis = AsyncRedis.from_url(url, retry=_AsyncRetry(BACKOFF, attempts), **_settings())
+        redis = _HeedfulRedis.from_url(url, retry=_AsyncRetry(BACKOFF, attempts), **_settings())
         _check(url, await redis.info())
     except (RedisError, ValueError) as error:
         raise _unusable(url, error) from error
@@ -103,7 +118,7 @@ def load_library(redis: Redis) -> None:
 
 
 async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:
-    """The same for asyncio, within `heed_cancellation`."""
+    """The same for asyncio."""
     try:
         return await redis.fcall(function(name), len(keys), *keys, *args)
     except ResponseError as error:
@@ -117,22 +132,6 @@ async def call_async(redis: AsyncRedis, name: str, keys: list[str], *args: str |
         if not replies.library_is_there(error):
             raise
     return await redis.fcall(function(name), len(keys), *keys, *args)
-
-
-async def heed_cancellation(call: Awaitable[T]) -> T:
-    """The call's result or error. Raises CancelledError if the task was cancelled meanwhile, where redis-py does not.
-
-    It sends within `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that comes while it ends
-    (bpo-42130). A task that runs for ever would then go on, and whoever cancelled it would wait for ever.
-    """
-    task = asyncio.current_task()
-    assert task is not None, "redis.asyncio is called within a task"
-    before = task.cancelling()
-    try:
-        return await call
-    finally:
-        if task.cancelling() > before:
-            raise asyncio.CancelledError
 
 
 async def _call_when_loaded(redis: AsyncRedis, name: str, keys: list[str], *args: str | bytes | int) -> Reply:

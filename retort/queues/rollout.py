@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from retort.queues import replies
-from retort.queues.connection import call_async, heed_cancellation
+from retort.queues.connection import call_async
 from retort.queues.protocol import (
     CONSUMER_GROUP,
     KINDS,
@@ -102,8 +102,7 @@ class RolloutQueue:
         streams: dict[Any, Any] = {self._keys.work(kind): ">" for kind in KINDS}
         block_ms = int(min(block_s, LONGEST_BLOCK_S) * 1000) or None
         try:
-            reading = self._redis.xreadgroup(CONSUMER_GROUP, self._replica, streams, count=1, block=block_ms)
-            reply = await heed_cancellation(reading)
+            reply = await self._redis.xreadgroup(CONSUMER_GROUP, self._replica, streams, count=1, block=block_ms)
         except ResponseError as error:
             # An emptied Redis has lost its consumer groups; the next take makes them again.
             if replies.consumer_group_is_missing(error):
@@ -124,6 +123,6 @@ class RolloutQueue:
 
     async def _call(self, name: str, *args: str | bytes | int) -> Reply:
         try:
-            return await heed_cancellation(call_async(self._redis, name, self._keys.of_functions(), *args))
+            return await call_async(self._redis, name, self._keys.of_functions(), *args)
         except ResponseError as error:
             raise replies.refusal(error, who=self._replica) from error

@@ -53,7 +53,9 @@ STEP_GAUGES: Mapping[str, Gauge] = MappingProxyType(
         "timing_s/wait_groups": _of_step("wait_groups_seconds", "Waiting for rollouts."),
         "timing_s/wait_redis": _of_step("wait_redis_seconds", "Waiting for Redis, at its memory limit, to take work."),
         "timing_s/wait_replica": _of_step("wait_replica_seconds", "Waiting for a rollout replica."),
-        "timing_s/old_logprobs": _of_step("old_logprobs_seconds", "Computing log-probs of the policy before the step."),
+        "timing_s/old_logprobs": _of_step(
+            "old_logprobs_seconds", "Computing log-probs of the policy before the step, but for the first update's."
+        ),
         "timing_s/teacher": _of_step("teacher_seconds", "Computing the teacher's log-probs."),
         "timing_s/update": _of_step("update_seconds", "The updates: forward, backward, optimizer."),
         "timing_s/forward_backward": _of_step(

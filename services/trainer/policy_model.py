@@ -4,6 +4,7 @@ There is never a [tokens, vocabulary] tensor of a whole micro-batch: the head ru
 and again in the backward pass.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,13 +69,16 @@ class _Score(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, normalizers, found = (hidden.new_zeros(len(targets), dtype=wide) for _ in range(3))
-        for chunk in _chunks(hidden, head):
+
+        def score(chunk: slice) -> None:
             logits = _logits(hidden[chunk], head, temperature)
             normalizers[chunk] = logits.logsumexp(-1)
             logprobs[chunk] = logits.gather(-1, targets[chunk, None])[:, 0] - normalizers[chunk]
             if entropies:
                 probabilities = (logits - normalizers[chunk, None]).exp_()
                 found[chunk] = normalizers[chunk] - probabilities.mul_(logits).sum(-1)
+
+        _in_chunks(score, hidden, head)
         ctx.save_for_backward(hidden, head, targets, normalizers)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(found)
@@ -87,24 +91,29 @@ class _Score(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden)
         # A frozen head, that of adapters, has none.
         of_head = torch.zeros_like(head, dtype=normalizers.dtype) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(hidden, head):
+
+        def differentiate(chunk: slice) -> None:
             rate = grad[chunk, None] / ctx.temperature
             logits = _logits(hidden[chunk], head, ctx.temperature)
             of_logits = logits.sub_(normalizers[chunk, None]).exp_().mul_(-rate)
             # Not scatter_add_, of which a GPU has no deterministic form.
             of_logits[torch.arange(len(rate), device=rate.device), targets[chunk]] += rate[:, 0]
-            of_logits = of_logits.to(head.dtype)
-            of_hidden[chunk] = of_logits @ head
+            narrow = of_logits.to(head.dtype)
+            of_hidden[chunk] = narrow @ head
             if of_head is not None and of_head.dtype == head.dtype:
-                of_head.addmm_(of_logits.T, hidden[chunk])
+                of_head.addmm_(narrow.T, hidden[chunk])
             elif of_head is not None:
-                of_head += of_logits.T @ hidden[chunk]
+                of_head.add_(narrow.T @ hidden[chunk])
+
+        _in_chunks(differentiate, hidden, head)
         return of_hidden, None if of_head is None else of_head.to(head.dtype), None, None, None
 
 
-def _chunks(hidden: Tensor, head: Tensor) -> list[slice]:
+def _in_chunks(work: Callable[[slice], None], hidden: Tensor, head: Tensor) -> None:
+    """So many tokens at a time; what a call made is gone before the next."""
     tokens = max(1, LOGITS_AT_ONCE[hidden.device.type] // len(head))
-    return [slice(start, start + tokens) for start in range(0, len(hidden), tokens)]
+    for start in range(0, len(hidden), tokens):
+        work(slice(start, start + tokens))
 
 
 def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:

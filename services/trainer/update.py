@@ -74,7 +74,7 @@ def take_gradient(
         horizon=config.horizon,
     )
     loss = torch.zeros((), dtype=torch.float64)
-    found = torch.zeros(2, len(batch.old_logprobs), dtype=batch.old_logprobs.dtype, device=policy.device)
+    found = batch.old_logprobs.new_zeros(2, len(batch.old_logprobs), device=policy.device) if is_first else None
     active = set(batch.active_rows)
     # Counted once, not on every rank.
     idle = [row for row in rows if row not in active] if policy.rank == 0 else []
@@ -85,16 +85,16 @@ def take_gradient(
             # Other ranks have rows in this pass and wait for this one's part of the collectives.
             scores.logprobs.sum().backward()
             continue
-        if is_first:
-            tokens = batch.tokens_of(micro_batch.rows)
+        tokens = batch.tokens_of(micro_batch.rows)
+        if found is not None:
             found[:, tokens.to(policy.device)] = torch.stack(scores).detach()
-            batch.old_logprobs[tokens] = scores.logprobs.detach().cpu()
-        share, share_statistics = _loss(scores.logprobs, micro_batch, batch, weights, config)
+        old_logprobs = scores.logprobs.detach() if is_first else batch.old_logprobs[tokens].to(scores.logprobs)
+        share, share_statistics = _loss(scores.logprobs, old_logprobs, micro_batch, batch, weights, config)
         # FSDP averages gradients over ranks; the gradient of an update is the sum.
         (share * policy.ranks).backward()
         loss += share.detach().cpu()
         statistics.append(share_statistics.cpu())
-    if is_first:
+    if found is not None:
         tokens = batch.tokens_of([row for row in rows if row in active])
         logprobs, entropies = sum_over_ranks(found)
         batch.old_logprobs[tokens], batch.entropies[tokens] = logprobs[tokens], entropies[tokens]
@@ -126,12 +126,16 @@ def _idle_statistics(batch: StepBatch, rows: Sequence[int], config: MethodConfig
 
 
 def _loss(
-    logprobs: Tensor, micro_batch: MicroBatch, batch: StepBatch, weights: Tensor, config: MethodConfig
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    micro_batch: MicroBatch,
+    batch: StepBatch,
+    weights: Tensor,
+    config: MethodConfig,
 ) -> tuple[Tensor, Tensor]:
     """The micro-batch's share of the update's loss, with its gradient, and its statistics [7, 3]."""
     method = method_of(config)
     tokens, row = batch.tokens_of(micro_batch.rows), batch.row_of_tokens(micro_batch.rows)
-    old_logprobs = batch.old_logprobs[tokens].to(logprobs)
     evidence = Evidence(
         student_logprobs=logprobs.detach(),
         teacher_logprobs=batch.teacher_logprobs[tokens].to(logprobs),

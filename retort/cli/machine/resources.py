@@ -82,7 +82,7 @@ def disk(config: RunConfig) -> Answer:
 
 def ports(config: RunConfig) -> Answer:
     preflight.check_ports(config)
-    named = [port for port in (config.reward.port, config.rollout.port) if port]
+    named = [port for _, _, port in preflight.chosen_ports(config)]
     return ok(f"{', '.join(map(str, named))} free" if named else "the system chooses free ones")
 
 

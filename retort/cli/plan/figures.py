@@ -11,8 +11,8 @@ from retort.cli.plan.model_shape import ModelShape
 from retort.config import ConfigError, RunConfig
 
 GIB = 2**30
-LOGITS_BYTES = 3 * 2**25 * 4
-"""The head works on 2**25 logits at a time: as logits, as probabilities and as gradients, in float32."""
+LOGITS_BYTES = 2 * 2**27 * 4
+"""The head works on 2**27 logits at a time: in float32, and as much again for probabilities, or for what is narrow."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def _trainer_memory(config: RunConfig, shape: ModelShape, given: Assumptions) ->
     full = trained * 4 / ranks
     frozen = shape.parameters * narrow / ranks
     gathered = (1 if config.lora.rank else 2) * narrow * (shape.embedding_parameters + 2 * shape.layer_parameters)
+    head = 4 * shape.vocab_size * shape.hidden_size
     both = "weights" if config.lora.rank else "weights and gradients"
     tokens = max(config.trainer.micro_batch_tokens, config.model.max_length)
     base = [("frozen weights", frozen, "parameters in the computing type / ranks")] if config.lora.rank else []
@@ -91,7 +92,12 @@ def _trainer_memory(config: RunConfig, shape: ModelShape, given: Assumptions) ->
         ("teacher", full, f"{what} x 4 bytes / ranks"),
         ("gathered weights", gathered, f"embedding and two layers, {both}, in the computing type"),
         ("activations", tokens * _activation_bytes(config, shape), _activation_words(config, tokens)),
-        ("logits", LOGITS_BYTES, "2**25 logits at a time, three times in float32"),
+        ("logits", LOGITS_BYTES, "2**27 logits at a time, twice in float32"),
+        *(
+            []
+            if config.lora.rank
+            else [("head's gradient", head, "what the chunks add to, vocabulary x width x 4 bytes")]
+        ),
     ]
     if config.trainer.is_streamed:
         parts.append(("weights at the start of a step", full, f"{what} x 4 bytes / ranks"))

@@ -123,15 +123,22 @@ def test_a_weight_sync_sends_two_bytes_a_parameter_in_buckets_of_64_mib() -> Non
 
 
 def test_training_takes_eight_operations_a_parameter_and_token_two_for_old_logprobs_and_two_for_the_teacher() -> None:
-    operations = N * (8 * 2048 * 1256 + 2 * 2048 * 1256 + 2 * 2048 * 2256)
+    """Of 32 updates the first has no pass for old log-probs."""
+    operations = N * (8 * 2048 * 1256 + 2 * 2048 * 1256 * 31 / 32 + 2 * 2048 * 2256)
     unshared = reference("trainer.share_prompts=false")
     assert training_seconds(unshared, SHAPE, GIVEN, ranks=6) == pytest.approx(operations / 6 / 350e12)
 
 
 def test_old_logprobs_read_a_prompt_once_a_group_and_a_teacher_two_demonstrations() -> None:
     scored, taught = 2048 * 1000 + 256 * 256, 2048 * 1000 + 512 * 1256
-    operations = N * (8 * 2048 * 1256 + 2 * scored + 2 * taught)
+    operations = N * (8 * 2048 * 1256 + 2 * scored * 31 / 32 + 2 * taught)
     assert training_seconds(reference(), SHAPE, GIVEN, ranks=6) == pytest.approx(operations / 6 / 350e12)
+
+
+def test_with_one_update_a_step_nothing_is_scored_for_old_logprobs() -> None:
+    one = reference("trainer.share_prompts=false", "trainer.groups_per_update=256")
+    operations = N * (8 * 2048 * 1256 + 2 * 2048 * 2256)
+    assert training_seconds(one, SHAPE, GIVEN, ranks=6) == pytest.approx(operations / 6 / 350e12)
 
 
 def test_sampling_reads_the_weights_and_every_live_cache_for_each_token() -> None:

@@ -34,12 +34,18 @@ def test_one_that_somebody_has_is_left_to_them(kernel_range: Path, monkeypatch: 
 
 def test_those_that_a_run_file_names_are_left_out(kernel_range: Path) -> None:
     kernel_range.write_text("10003 60999")
-    assert all(ports.free_ports(1, but=[10_000, 10_001]) != [port] for port in (10_000, 10_001))
+    assert not {10_000, 10_001} & {port for _ in range(30) for port in ports.free_ports(1, but=[10_000, 10_001])}
+
+
+def test_they_are_left_out_of_what_the_kernel_gives_too(kernel_range: Path) -> None:
+    kernel_range.write_text("1024 65535")
+    with pytest.raises(OSError, match="no 1 free ports"):
+        ports.free_ports(1, but=range(65_536))
 
 
 def test_a_machine_without_so_many_says_so(kernel_range: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_range.write_text("10000 60999")
-    monkeypatch.setattr(ports, "_bound", lambda _: None)
+    monkeypatch.setattr(ports, "_bound", lambda _, but: None)
     with pytest.raises(OSError, match="this machine has no 3 free ports"):
         ports.free_ports(3)
 

@@ -70,12 +70,14 @@ def test_validation_questions_that_are_trained_on_are_counted(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("table", ["reward", "rollout"])
-def test_a_port_in_use_is_named_with_its_key(table: str) -> None:
+@pytest.mark.parametrize("key", ["reward.port", "rollout.port", "trainer.metrics_port"])
+def test_a_port_in_use_is_named_with_its_key(key: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"{table}\.port: cannot listen on 127\.0\.0\.1:{port}: .*in use"):
-            preflight.check_ports(config(**{table: {"port": port}}))
+        table, name = key.split(".")
+        settings = {"steps": 1, name: port} if table == "trainer" else {name: port}
+        with pytest.raises(ConfigError, match=rf"{key}: cannot listen on 127\.0\.0\.1:{port}: .*in use"):
+            preflight.check_ports(config(**{table: settings}))
 
 
 def test_a_redis_url_where_nothing_listens_is_refused() -> None:
