@@ -30,7 +30,8 @@ ROWS_AT_ONCE = 128
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--goal", type=float, required=True, help="ends at it")
+    parser.add_argument("--steps", type=int, required=True, help="at most")
     parser.add_argument("--every", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--like-retort", action="store_true", help="in float32, without activation checkpointing")
@@ -70,7 +71,7 @@ def learn(run: RunConfig, args: argparse.Namespace) -> list[dict[str, float]]:
             disable_tqdm=True,
             use_cpu=True,
         )
-        curve = Curve(run, tokenizer, load_questions(run.data.validation), every=args.every * updates)
+        curve = Curve(run, tokenizer, load_questions(run.data.validation), goal=args.goal, every=args.every * updates)
         GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float32),
             reward_funcs=graded,
@@ -97,25 +98,26 @@ def reward(completion: str, answer: str) -> float:
 
 
 class Curve(TrainerCallback):
-    """Validates before the first and after every so many updates, with the clock stopped."""
+    """Validates before the first and after every so many updates, with the clock stopped, and ends at the goal."""
 
-    def __init__(self, run: RunConfig, tokenizer: Any, questions: list[Question], *, every: int) -> None:
+    def __init__(self, run: RunConfig, tokenizer: Any, questions: list[Question], *, goal: float, every: int) -> None:
         self.points: list[dict[str, float]] = []
         self._run, self._tokenizer, self._questions = run, tokenizer, questions[: run.validation.max_questions or None]
-        self._every = every
+        self._goal, self._every = goal, every
         self._seconds, self._resumed = 0.0, 0.0
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, model: Any, **_: Any) -> None:
         self._validate(model)
         self._resumed = time.perf_counter()
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, model: Any, **_: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         if state.global_step % self._every:
             return
         self._seconds += time.perf_counter() - self._resumed
         step = state.global_step // updates_per_step(self._run)
         average = self._validate(model)
         self.points.append({"step": step, "seconds": self._seconds, "avg@16": average})
+        control.should_training_stop = average >= self._goal
         self._resumed = time.perf_counter()
 
     def _validate(self, model: Any) -> float:
