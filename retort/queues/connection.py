@@ -79,7 +79,7 @@ class _HeedfulRedis(AsyncRedis):
         assert task is not None, "redis.asyncio is called within a task"
         before = task.cancelling()
         try:
-            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # redis-py gives it no types
         finally:
             if task.cancelling() > before:
                 raise asyncio.CancelledError

@@ -112,6 +112,8 @@ class Policy:
         rows: Sequence[int],
         prompts: Sequence[Sequence[int] | None],
         weights: WeightCopy | None = None,
+        *,
+        entropies: bool = True,
     ) -> TokenScores:
         """Log-probs and entropies of the rows' tokens behind the given prompts, [N] on every rank; 0 for other rows.
 
@@ -121,7 +123,7 @@ class Policy:
         scores = torch.zeros(2, int(batch.lengths.sum()), device=self.device, dtype=dtype)
         with weights.in_place_of(self.local_shards()) if weights else nullcontext():
             for micro_batch in self.micro_batches(batch, rows, prompts):
-                result = self.model(micro_batch, self._temperature)
+                result = self.model(micro_batch, self._temperature, entropies=entropies)
                 self._count(micro_batch, passes=1)
                 if micro_batch.rows:
                     scores[:, batch.tokens_of(micro_batch.rows).to(self.device)] = torch.stack(result)

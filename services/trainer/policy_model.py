@@ -48,7 +48,7 @@ class PolicyModel(nn.Module):
             # No token counts, but other ranks wait for this one's part of the collectives. The backward's need a
             # gradient of every parameter, an untied head included.
             return TokenScores((hidden.sum() + head.sum())[None] * 0, hidden.new_zeros(1))
-        scores: tuple[Tensor, Tensor] = _Score.apply(  # type: ignore[no-untyped-call]
+        scores: tuple[Tensor, Tensor] = _Score.apply(  # type: ignore[no-untyped-call]  # torch gives `apply` no types
             take(hidden, batch.predicting, 0), head, batch.targets, temperature, entropies
         )
         return TokenScores(*scores)

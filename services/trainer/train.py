@@ -104,14 +104,15 @@ def learn(
     with journal.timing("old_logprobs"):
         batch.old_logprobs, batch.entropies = policy.score(batch, rows, batch.prompts, start)
     with journal.timing("teacher"):
-        batch.teacher_logprobs, _ = policy.score(batch, batch.taught_rows, batch.teacher_prompts, teacher)
+        taught = batch.taught_rows
+        batch.teacher_logprobs, _ = policy.score(batch, taught, batch.teacher_prompts, teacher, entropies=False)
 
     with journal.timing("update"):
         rate = learning_rate(batch.step, base=settings.learning_rate, warmup_steps=settings.warmup_steps)
         gradient = take_gradient(policy, batch, first, config.method, is_first=start is None)
         guards.check_engine(batch)
         updates = [make_update(policy, gradient, rate)]
-        updates += [update_policy(policy, batch, rows, config.method, learning_rate=rate) for rows in others]
+        updates += [update_policy(policy, batch, other, config.method, learning_rate=rate) for other in others]
         guards.check_updates(updates)
     return updates
 

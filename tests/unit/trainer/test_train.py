@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from services.trainer.steps import Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import learn, train
 from services.trainer.update import Update
-from services.trainer.weight_copy import WeightCopy
 from services.trainer.weight_sender import SyncReport
 from services.trainer.work import Work
 from tests.training import a_batch, a_config, a_group, a_language_model, a_rollout
@@ -107,15 +107,9 @@ class ScoringPolicy(Policy):
 
     scored: tuple[int, ...] = ()
 
-    def score(
-        self,
-        batch: StepBatch,
-        rows: Sequence[int],
-        prompts: Sequence[Sequence[int] | None],
-        weights: WeightCopy | None = None,
-    ) -> TokenScores:
+    def score(self, batch: StepBatch, rows: Sequence[int], *rest: Any, **options: Any) -> TokenScores:
         self.scored += (len(rows),)
-        return super().score(batch, rows, prompts, weights)
+        return super().score(batch, rows, *rest, **options)
 
 
 def run(
