@@ -8,6 +8,7 @@ while real work is done, so that hours of a run take minutes, and the work of th
 import argparse
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
     parser.add_argument("--json", action="store_true", help="print JSON; sizes in bytes, times in seconds")
     parser.add_argument("--replicas", type=int, nargs="*", default=[1, 8, 64], metavar="N", help="fleets to compare")
-    words = "groups for each fleet, at least one step; the full size is --replicas 1 8 64 256 --groups 100000 (hours)"
+    words = "groups for each fleet, in whole steps; the full size is --replicas 1 8 64 256 --groups 100000 (hours)"
     parser.add_argument("--groups", type=int, default=128, metavar="N", help=words)
     parser.add_argument("--deaths", type=int, default=0, metavar="N", help="replicas of each fleet that die; default 0")
     parser.add_argument("--no-prediction", action="store_true", help="leave out the prediction of the run itself")
@@ -81,7 +82,7 @@ def _fleets(
             overrides = {"groups_per_step": per_step, "groups_per_update": replicas}
             fleet = _changed(config, mode, replicas, RANKS_PER_REPLICA * replicas, overrides)
             setup = _setup(args, fleet, shape, given, deaths=min(args.deaths, replicas - 1))
-            measured = simulate(setup, max(1, args.groups // per_step), url)
+            measured = simulate(setup, max(1, math.ceil(args.groups / per_step)), url)
             first = first or measured.groups_per_s / replicas
             efficiency = measured.groups_per_s / replicas / first
             yield {"mode": mode, "replicas": replicas, "efficiency": efficiency, **_values(measured)}

@@ -17,7 +17,7 @@ from services.rollout.sampler import Sampler
 from services.rollout.simulated_engine import SimulatedEngine
 from services.rollout.weight_receiver import WeightReceiver
 from simulation.setup import Setup
-from simulation.virtual_time import VirtualTimeLoop, Waiters
+from simulation.virtual_time import REDIS, VirtualTimeLoop, Waiters
 
 CALLS_AT_ONCE = 64
 """Of all replicas together: each call that is under way has a connection."""
@@ -34,7 +34,7 @@ class VirtualQueue(RolloutQueue):
 
     async def _call(self, name: str, *args: str | bytes | int) -> Reply:
         async with self._fleet.calls:
-            with self._fleet.loop.held():
+            with self._fleet.loop.held(REDIS):
                 reply = await super()._call(name, *args)
         if name == "submit":
             self._fleet.groups.wake(1)
@@ -49,7 +49,7 @@ class VirtualQueue(RolloutQueue):
 
     async def _read_new(self) -> list[tuple[Kind, Entry]]:
         async with self._fleet.calls:
-            with self._fleet.loop.held():
+            with self._fleet.loop.held(REDIS):
                 return await super()._wait_for_new(0.0)
 
 
@@ -132,7 +132,7 @@ class Fleet:
 
     async def _let_leases_run_out(self, name: str) -> None:
         stream: Any = Keys(self.run).work("train")
-        with self.loop.held():
+        with self.loop.held(REDIS):
             held = await self.redis.xpending_range(stream, CONSUMER_GROUP, "-", "+", 10_000, name)
             ids: list[Any] = [lease["message_id"] for lease in held]
             if ids:

@@ -12,7 +12,7 @@ from retort.queues.protocol import Keys
 from simulation.fleet import Fleet, replica_name
 from simulation.setup import Measured, Setup
 from simulation.trainer import SimulatedTrainer
-from simulation.virtual_time import VirtualTimeLoop
+from simulation.virtual_time import TRAINER, VirtualTimeLoop
 
 
 def simulate(setup: Setup, num_steps: int, redis_url: str) -> Measured:
@@ -29,7 +29,7 @@ async def _simulate(setup: Setup, num_steps: int, redis_url: str) -> Measured:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     run, num_replicas = f"simulated-{uuid.uuid4().hex}", setup.config.rollout.replicas
-    with loop.held():
+    with loop.held(TRAINER):
         redis, trainers_redis = await connect_async(redis_url), connect(redis_url)
         fleet = Fleet(setup, run, redis, loop)
         trainer = SimulatedTrainer(trainers_redis, fleet, num_steps)

@@ -7,14 +7,16 @@ real time, and what is calculated or asked of Redis takes no virtual time; it is
 import asyncio
 import selectors
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-REAL_WORK_S = 120.0
+REAL_WORK_S = 120
 """Longest time, in real seconds, in which a real call must be answered or a thread must come back."""
+TRAINER = "the trainer's thread"
+REDIS = "Redis"
 
 
 class _Selector(selectors.DefaultSelector):
@@ -26,21 +28,23 @@ class _Selector(selectors.DefaultSelector):
         events = super().select(0)
         if events or (timeout is not None and timeout <= 0):
             return events
-        if timeout is None or self.loop.is_held:
-            events = super().select(REAL_WORK_S)
-            if not events:
-                raise TimeoutError(f"nothing has come within {REAL_WORK_S:g} s of real time, and no timer is left")
-            return events
-        self.loop.now += timeout
-        return []
+        if timeout is not None and not self.loop.holders:
+            self.loop.now += timeout
+            return []
+        # A second at a time: a process that was stopped for minutes has looked once, not waited for minutes.
+        for _ in range(REAL_WORK_S):
+            if events := super().select(1.0):
+                return events
+        waited_for = ", ".join(sorted(self.loop.holders)) or "nobody: no timer is left"
+        raise TimeoutError(f"nothing has come within {REAL_WORK_S} s of real time; waited for {waited_for}")
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """`now` is its time in virtual seconds, from 0."""
+    """`now` is its time in virtual seconds, from 0; `holders` says who does real work, and how often at once."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._holders = 0
+        self.holders: Counter[str] = Counter()
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
@@ -48,29 +52,25 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self.now
 
-    @property
-    def is_held(self) -> bool:
-        return self._holders > 0
-
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within the block, real work is done: no timer fires."""
-        self._holders += 1
+    def held(self, who: str) -> Iterator[None]:
+        """Within the block, `who` does real work: no timer fires."""
+        self.holders += Counter([who])
         try:
             yield
         finally:
-            self._holders -= 1
+            self.holders -= Counter([who])
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """For the one thread that holds the time: let it go on until `work` is done in the loop."""
+        """For the trainer's thread, which holds the time: let it go on until `work` is done in the loop."""
         assert threading.current_thread() is not threading.main_thread(), "the loop would wait for itself"
 
         async def released() -> T:
-            self._holders -= 1
+            self.holders -= Counter([TRAINER])
             try:
                 return await work
             finally:
-                self._holders += 1
+                self.holders += Counter([TRAINER])
 
         return asyncio.run_coroutine_threadsafe(released(), self).result()
 

@@ -43,7 +43,7 @@ class Steps:
     def take(self, step: int) -> Iterator[StepBatch]:
         """The step's data: whole updates as they arrive, or all at once. Nothing when the run was asked to stop."""
         while (groups := _follow()) != DONE:
-            yield self._batch(step, groups)
+            yield self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup]))
 
     def validate(self, version: int, *, at_once: bool) -> float | None:
         """Ask the validation questions of the policy version that is served, unless that has been done.
@@ -65,9 +65,6 @@ class Steps:
     def should_save(self) -> bool:
         """Whether Redis is so full that the groups of this step had better be made durable and leave. A collective."""
         return _follow() == YES
-
-    def _batch(self, step: int, groups: bytes) -> StepBatch:
-        return self._assemble(step, msgspec.msgpack.decode(groups, type=list[RolloutGroup]))
 
 
 def _follow() -> bytes:
@@ -107,7 +104,8 @@ class Rank0Steps(Steps):
     def take(self, step: int) -> Iterator[StepBatch]:
         try:
             for groups in () if self._stop_requested() else self._parts(step):
-                yield self._batch(step, broadcast_bytes(msgspec.msgpack.encode(groups)))
+                broadcast_bytes(msgspec.msgpack.encode(groups))
+                yield self._assemble(step, groups)
                 self._has_begun = True
         except StopRequested:
             pass
