@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 from redis import Redis
 
 from retort.config import WeightSyncConfig
@@ -35,6 +36,14 @@ class VirtualTrainerQueue(TrainerQueue):
         found = super().issue(items)
         self._fleet.loop.call_soon_threadsafe(self._fleet.work.wake, found.count("new"))
         return found
+
+    def members(self) -> dict[str, Member]:
+        """All of them heard of just now: they announce themselves by virtual time, of which real time says nothing.
+
+        Who has died is found when he is called.
+        """
+        now = time.time()
+        return {name: msgspec.structs.replace(member, updated=now) for name, member in super().members().items()}
 
     def read_groups(self, kind: Kind, cursor: str, block_s: float, limit: int) -> list[tuple[str, RolloutGroup]]:
         since = self._fleet.groups.calls

@@ -1,6 +1,7 @@
 """A simulated fleet with the services' own control plane and a real server; its times can be worked out by hand."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from retort.cli.__main__ import main
 from retort.config import load_config
 from services.rollout.engine_steps import TokenTime
 from services.rollout.simulated_engine import Lengths
+from services.trainer import weight_sender
+from simulation import virtual_time
 from simulation.run import simulate
 from simulation.setup import Setup
+from simulation.trainer import SimulatedTrainer
 
 REFERENCE = Path(__file__).parents[2] / "configs" / "qwen3-4b-sciknoweval.toml"
 
@@ -76,3 +80,16 @@ def test_the_command_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> 
         ("streamed", 1, 1.0),
     ]
     assert printed["assumptions"]["tflops"] == 350
+
+
+def test_a_stall_of_the_machine_makes_no_replica_silent(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = SimulatedTrainer._publish
+
+    def stalled(trainer: SimulatedTrainer, version: int) -> None:
+        time.sleep(0.5)
+        publish(trainer, version)
+
+    monkeypatch.setattr(weight_sender, "HEARD_OF_WITHIN_S", 0.2)
+    monkeypatch.setattr(virtual_time, "REAL_WORK_S", 3)
+    monkeypatch.setattr(SimulatedTrainer, "_publish", stalled)
+    assert simulate(a_setup(1, "group"), 2, redis_url).step_s[1] == pytest.approx(4 + 2 + 0.5, abs=0.01)
