@@ -8,6 +8,7 @@ authentication: what makes a transfer trustworthy is the digest that travels ove
 
 import hashlib
 import os
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -266,9 +267,10 @@ def _join(request: TransferRequest, worker: int) -> ProcessGroup:
 
 
 def send(group: ProcessGroup, snapshot: Snapshot, timeout_s: float) -> None:
-    """Broadcast every bucket as rank 0. Raises RuntimeError when a receiver is gone or late."""
-    for bucket in snapshot.buckets:
-        broadcast(group, bucket, timeout_s)
+    """Broadcast every bucket as rank 0, all within `timeout_s`. Raises RuntimeError when a receiver is gone or late."""
+    deadline = time.monotonic() + timeout_s
+    for number, bucket in enumerate(snapshot.buckets):
+        broadcast(group, bucket, _seconds_left(deadline, number, len(snapshot.buckets)))
 
 
 def receive(
@@ -276,23 +278,32 @@ def receive(
 ) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
     """Yield for every bucket its (name, tensor) pairs and the digest of the bytes that arrived.
 
-    The next two buckets arrive while the caller loads one, so three are held at a time.
+    The next two buckets arrive while the caller loads one, so three are held at a time. Raises RuntimeError when not
+    all are there within `timeout_s`, the caller's time included.
     """
+    deadline = time.monotonic() + timeout_s
     memory = _memory(max(map(_bucket_bytes, manifest.buckets), default=0), device)
     arriving: deque[tuple[Tensor, Work]] = deque()
     for number, specs in enumerate(manifest.buckets):
+        left_s = _seconds_left(deadline, number, len(manifest.buckets))
         for ahead in manifest.buckets[number + len(arriving) : number + 3]:
             # Not in turns: an engine may keep views until a whole layer has arrived.
             buffer = memory(_bucket_bytes(ahead))
-            arriving.append((buffer, _start_broadcast(group, buffer, timeout_s)))
+            arriving.append((buffer, _start_broadcast(group, buffer, left_s)))
         bucket, work = arriving.popleft()
-        work.wait(timedelta(seconds=timeout_s))
+        work.wait(timedelta(seconds=left_s))
         yield list(_unpack(bucket, specs)), bucket_digest(bucket)
 
 
 def broadcast(group: ProcessGroup, buffer: Tensor, timeout_s: float) -> None:
     """Send the buffer from rank 0 into everybody's. Raises RuntimeError when a member is gone or late."""
     _start_broadcast(group, buffer, timeout_s).wait(timedelta(seconds=timeout_s))
+
+
+def _seconds_left(deadline: float, done: int, buckets: int) -> float:
+    if (left_s := deadline - time.monotonic()) <= 0:
+        raise RuntimeError(f"the deadline of the transfer passed after {done} of {buckets} buckets")
+    return left_s
 
 
 def _start_broadcast(group: ProcessGroup, buffer: Tensor, timeout_s: float) -> Work:
