@@ -253,7 +253,7 @@ def test_the_deadline_is_one_for_all_buckets_and_not_for_each(store: TCPStore) -
     """Nine buckets of which each takes 0.2 s, with half a second for all."""
     manifest = WeightManifest.of([spec(f"{number}", 64) for number in range(9)], 64)
     group = open_process_group("gloo", store, "slow", rank=0, world_size=1, timeout_s=20.0)
-    with pytest.raises(RuntimeError, match="the deadline of the transfer passed after [1-3] of 9 buckets"):
+    with pytest.raises(RuntimeError, match=r"the deadline of the transfer passed after [1-3] of 9 buckets"):
         for _ in receive(group, manifest, torch.device("cpu"), timeout_s=0.5):
             time.sleep(0.2)
 
