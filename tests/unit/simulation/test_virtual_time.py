@@ -93,11 +93,11 @@ def wait_for_a_second() -> None:
 
 def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
     call = f"from {__name__} import wait_for_a_second; wait_for_a_second()"
-    process = subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE)
-    assert process.stdout
-    assert process.stdout.readline() == b"waited for\n"
-    os.kill(process.pid, signal.SIGSTOP)
-    # Stopped for longer than it would wait.
-    time.sleep(2.5)
-    os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(timeout=30) == 0
+    with subprocess.Popen([sys.executable, "-c", call], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"waited for\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        # Stopped for longer than it would wait.
+        time.sleep(2.5)
+        os.kill(process.pid, signal.SIGCONT)
+        assert process.wait(timeout=30) == 0
