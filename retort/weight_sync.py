@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, cast
@@ -234,6 +234,10 @@ def open_process_group(
     return cast(ProcessGroup, ProcessGroupNCCL(prefixed, rank, world_size, options))
 
 
+Received = tuple[list[tuple[str, Tensor]], int]
+"""(name, tensor) pairs of a bucket, and the digest of the bytes that arrived."""
+
+
 class Membership:
     """A receiver's place in the process group of the transfers."""
 
@@ -241,20 +245,22 @@ class Membership:
         self._name = ""
         self._group: ProcessGroup | None = None
 
-    @contextmanager
-    def of(self, request: TransferRequest, worker: int = 0) -> Iterator[ProcessGroup]:
-        """The process group of a transfer. Only one with which all went well is there for the next.
+    def receive(
+        self, request: TransferRequest, manifest: WeightManifest, device: torch.device, worker: int = 0
+    ) -> "Iterator[Received]":
+        """Take part in a transfer: join its process group, unless it goes on, and `receive`, all within its deadline.
 
-        `worker` counts the processes of a replica from 0.
+        `worker` counts the processes of a replica from 0. Only a group with which all went well is there for the next.
         """
+        deadline = time.monotonic() + request.deadline_s
         group, self._group = self._group, None
         if group is None or request.group != self._name:
-            group = _join(request, worker)
-        yield group
+            group = _join(request, worker, deadline)
+        yield from receive(group, manifest, device, deadline - time.monotonic())
         self._name, self._group = request.group, group
 
 
-def _join(request: TransferRequest, worker: int) -> ProcessGroup:
+def _join(request: TransferRequest, worker: int, deadline: float) -> ProcessGroup:
     store = TCPStore(request.store_host, request.store_port, timeout=timedelta(seconds=request.deadline_s))
     return open_process_group(
         request.backend,
@@ -262,21 +268,31 @@ def _join(request: TransferRequest, worker: int) -> ProcessGroup:
         request.group,
         rank=request.broadcast_rank + worker,
         world_size=request.world_size,
-        timeout_s=request.deadline_s,
+        timeout_s=max(deadline - time.monotonic(), 0.001),
     )
 
 
 def send(group: ProcessGroup, snapshot: Snapshot, timeout_s: float) -> None:
     """Broadcast every bucket as rank 0, all within `timeout_s`. Raises RuntimeError when a receiver is gone or late."""
     deadline = time.monotonic() + timeout_s
-    for number, bucket in enumerate(snapshot.buckets):
-        broadcast(group, bucket, _seconds_left(deadline, number, len(snapshot.buckets)))
+    with _stream_of_its_own(snapshot):
+        for number, bucket in enumerate(snapshot.buckets):
+            broadcast(group, bucket, _seconds_left(deadline, number, len(snapshot.buckets)))
+
+
+def _stream_of_its_own(snapshot: Snapshot) -> AbstractContextManager[object]:
+    """On CUDA all threads share a stream, and what the trainer computes next would wait there for the broadcast.
+
+    The snapshot is complete: its digests have been read.
+    """
+    device = snapshot.buckets[0].device if snapshot.buckets else torch.device("cpu")
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def receive(
     group: ProcessGroup, manifest: WeightManifest, device: torch.device, timeout_s: float
-) -> Iterator[tuple[list[tuple[str, Tensor]], int]]:
-    """Yield for every bucket its (name, tensor) pairs and the digest of the bytes that arrived.
+) -> Iterator[Received]:
+    """Yield every bucket's tensors and digest.
 
     The next two buckets arrive while the caller loads one, so three are held at a time. Raises RuntimeError when not
     all are there within `timeout_s`, the caller's time included.

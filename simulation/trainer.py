@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import httpx
@@ -20,6 +21,7 @@ from services.trainer.journal import Journal
 from services.trainer.steps import Rank0Steps
 from services.trainer.weight_sender import Probe, WeightSender
 from simulation.fleet import Fleet
+from simulation.virtual_time import OwnTime
 
 Reply = TypeVar("Reply", bound=Message)
 EPOCH = 1
@@ -59,6 +61,8 @@ class InProcessSender(WeightSender):
     def __init__(self, queue: TrainerQueue, fleet: Fleet) -> None:
         super().__init__(queue, WeightSyncConfig(), epoch=EPOCH, backend="gloo", authorization="", identity=NOBODY)
         self._fleet = fleet
+        self.cpu_s = 0.0
+        """What the syncs took of the fleet's loop."""
 
     async def _ask(
         self,
@@ -67,9 +71,7 @@ class InProcessSender(WeightSender):
         requests: Sequence[tuple[Member, Message]],
         reply_type: type[Reply],
     ) -> list[tuple[Member, Reply]]:
-        answers = self._fleet.loop.wait(
-            self._fleet.answers(phase, [(member.name, request) for member, request in requests])
-        )
+        answers = await self._fleet.answers(phase, [(member.name, request) for member, request in requests])
         succeeded = []
         for (member, _), answer in zip(requests, answers, strict=True):
             if isinstance(answer, reply_type):
@@ -78,8 +80,21 @@ class InProcessSender(WeightSender):
                 self._evict(member, phase, "nobody answers")
         return succeeded
 
-    def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
+    async def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
         """The replicas' engines take the time of it."""
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(self._counted(work), self._fleet.loop)
+
+    async def _counted(self, work: Coroutine[Any, Any, None]) -> None:
+        await (own := OwnTime(work))
+        self.cpu_s += own.seconds
+
+    def _wait(self, work: Future[None]) -> None:
+        async def ended() -> None:
+            await asyncio.wrap_future(work)
+
+        self._fleet.loop.wait(ended())
 
 
 class SimulatedTrainer:
@@ -127,7 +142,7 @@ class SimulatedTrainer:
             self._steps.release(step)
             self.step_s.append(loop.now - began)
             began = loop.now
-        self.cpu_s = time.thread_time()
+        self.cpu_s = time.thread_time() + self._sender.cpu_s
 
     def _publish(self, version: int) -> None:
         self._sender.publish(Snapshot(version, WeightManifest(buckets=[]), [], []), Probe([], []))

@@ -7,8 +7,9 @@ real time, and what is calculated or asked of Redis takes no virtual time; it is
 import asyncio
 import selectors
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -103,3 +104,33 @@ class Waiters:
             if not woken.done():
                 woken.set_result(None)
                 count -= 1
+
+
+class OwnTime(Generator[Any, Any, None]):
+    """To be awaited in place of some work: `seconds` is the processor's time of its own steps, real ones.
+
+    What it waits for meanwhile does not count.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.seconds = 0.0
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        with self._counted():
+            return self._work.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._counted():
+            return self._work.throw(*error)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.seconds += time.thread_time() - began

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from retort.config import RunConfig
 from retort.lora import MergedWeights
 from retort.rollouts import SamplingParameters
-from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest
 from services.rollout.engine import Sampled
 from services.rollout.engine_steps import TokenTime
 from services.rollout.simulated_engine import Lengths, SimulatedEngine
@@ -70,10 +70,9 @@ class SimulatedModel(SimulatedEngine):
 
     def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
         digests = []
-        with self._membership.of(request) as group:
-            for tensors, digest in receive(group, manifest, torch.device("cpu"), request.deadline_s):
-                self._received |= dict(tensors)
-                digests.append(digest)
+        for tensors, digest in self._membership.receive(request, manifest, torch.device("cpu")):
+            self._received |= dict(tensors)
+            digests.append(digest)
         if manifest.lora_base:
             merged = MergedWeights(manifest.lora_base, self._base.items(), self._received, torch.device("cpu"))
             self._received = dict(merged)

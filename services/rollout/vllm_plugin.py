@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from retort.lora import MergedWeights
 from retort.telemetry import die_with_parent
-from retort.weight_sync import Membership, TransferRequest, WeightManifest, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest
 
 BACKEND = "retort"
 
@@ -73,13 +73,12 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
         manifest = WeightManifest.from_bytes(update_info.manifest)
         load_weights = cast(Callable[[Iterable[tuple[str, Tensor]]], object], self.model.load_weights)
         adapters: dict[str, Tensor] = {}
-        with self._membership.of(request, self.parallel_config.rank) as group:
-            for tensors, digest in receive(group, manifest, self.device, request.deadline_s):
-                if manifest.lora_base:
-                    adapters |= dict(tensors)
-                else:
-                    load_weights(iter(tensors))
-                self.digests.append(digest)
+        for tensors, digest in self._membership.receive(request, manifest, self.device, self.parallel_config.rank):
+            if manifest.lora_base:
+                adapters |= dict(tensors)
+            else:
+                load_weights(iter(tensors))
+            self.digests.append(digest)
         if manifest.lora_base:
             merged = MergedWeights(manifest.lora_base, self._files(), adapters, self.device)
             load_weights(iter(merged))

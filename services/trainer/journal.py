@@ -157,7 +157,7 @@ class RunJournal(Journal):
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
         metrics |= work_metrics(work, self.seconds)
-        metrics["timing_s/snapshot"] = max(0.0, self.seconds.get("weight_sync", 0.0) - report.seconds)
+        metrics["timing_s/snapshot"] = report.snapshot_seconds
         metrics["timing_s/broadcast"] = report.phase_seconds.get("transfer", 0.0)
         rows = iter(_learned(batch))
         lines = [

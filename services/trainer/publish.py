@@ -1,6 +1,8 @@
 """From the sharded policy to what replicas serve: gather, snapshot, probe, send."""
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from retort.config import RunConfig
 from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
@@ -15,16 +17,14 @@ class WeightPublisher:
         self, sender: WeightSender | None, config: RunConfig, policy: Policy, *, probe_ids: Sequence[int]
     ) -> None:
         self._sender = sender
+        self._settings = config.trainer
+        self.report = SyncReport()
+        """Of the sync that `publish` waited for: its version's or, with training beside that, of the one before."""
         specs = [TensorSpec(name=name, shape=shape, dtype=config.model.dtype) for name, shape in policy.specs]
         self._adapters = policy.adapters
         lora_base = policy.adapters.base if policy.adapters else None
         self._manifest = WeightManifest.of(specs, int(config.weight_sync.bucket_mib * 2**20), lora_base)
         self._probe_ids = list(probe_ids)
-
-    @property
-    def report(self) -> SyncReport:
-        """What the last version's sync took so far."""
-        return self._sender.report if self._sender else SyncReport()
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -34,8 +34,10 @@ class WeightPublisher:
     def publish(self, policy: Policy) -> None:
         """Make the policy the version to serve, and bring every replica that is there to it.
 
-        The snapshot is complete before anything is sent: no collective of the trainer waits for a replica.
+        The snapshot is complete before anything is sent: no collective of the trainer waits for a replica. Where the
+        next step may be sampled by older versions, it is trained while this one is being sent.
         """
+        start = time.perf_counter()
         probe = Probe(self._probe_ids, policy.score_prompt(self._probe_ids))
         tensors = policy.full_tensors()
         if self._sender is None:
@@ -44,5 +46,11 @@ class WeightPublisher:
             return
         base_digest = self._adapters.base_digest if self._adapters else None
         snapshot = Snapshot.take(policy.version, self._manifest, tensors, base_digest=base_digest)
-        self._sender.publish(snapshot, probe)
-        self._sender.sync()
+        snapshot_seconds = time.perf_counter() - start
+        self.report = self._sender.publish(snapshot, probe)
+        if self._settings.max_staleness and policy.version < self._settings.steps:
+            self._sender.start_sync()
+        else:
+            self._sender.sync()
+            self.report = self._sender.report
+        self.report = replace(self.report, snapshot_seconds=snapshot_seconds)

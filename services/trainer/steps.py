@@ -158,7 +158,7 @@ class Rank0Steps(Steps):
 
     def _parts(self, step: int) -> Iterator[list[RolloutGroup]]:
         """The step's groups in whole updates, in the order of their arrival; or all of them, in slot order."""
-        self._wait_for_a_replica(step - 1)
+        self._wait_for_a_replica(max(0, step - 1 - self._config.trainer.max_staleness))
         items = self._admit(step)
         # What replaces groups has to see all of them first.
         refills = method_of(self._config.method).parts.refill
@@ -223,7 +223,7 @@ class Rank0Steps(Steps):
     def _idle(self, waited_s: float) -> None:
         """While waiting: show a sign of life, and bring replicas that (re)joined to the policy."""
         self._journal.beat()
-        self._sender.sync()
+        self._sender.start_sync()
         # A step of which an update has been made is finished: half of it could not be saved.
         if waited_s > STOP_PATIENCE_S and not self._has_begun and self._stop_requested():
             raise StopRequested
@@ -231,9 +231,9 @@ class Rank0Steps(Steps):
             broadcast_bytes(TICK)
             self._last_tick = time.monotonic()
 
-    def _wait_for_a_replica(self, version: int) -> int:
-        """How many replicas serve the published version; at least one."""
-        if replicas := self._sender.sync():
+    def _wait_for_a_replica(self, oldest: int) -> int:
+        """How many replicas serve version `oldest` or a newer one; at least one."""
+        if replicas := self._sender.start_sync(oldest):
             return replicas
         startup_s = self._config.timeouts.startup_s
         with self._journal.timing("wait_replica", waiting_for="a rollout replica"):
@@ -242,7 +242,7 @@ class Rank0Steps(Steps):
                 self._idle(time.monotonic() - started)
                 if time.monotonic() - started > startup_s:
                     raise StalledError(
-                        f"trainer waits for a rollout replica to serve policy version {version}, and none did within "
+                        f"trainer waits for a rollout replica to serve policy version {oldest}, and none did within "
                         f"{startup_s:.0f} s (timeouts.startup_s). See logs/rollout-*.log."
                     )
                 time.sleep(LOOK_AGAIN_S)

@@ -2,6 +2,8 @@
 
 Rank 0 only. The number of calls is four a replica, however many tensors there are. Nothing is trusted: a replica serves
 a version only after its digests equalled the sender's and its log-probs of the probe prompt the trainer's own.
+
+A sync has a thread of its own, so that training can go on beside it. All that it changes is read when it has ended.
 """
 
 import asyncio
@@ -10,10 +12,11 @@ import math
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from torch.distributed import TCPStore
@@ -70,6 +73,8 @@ class SyncReport:
     """Largest |engine - trainer| log-probability on the probe prompt, over all replicas."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """What of `seconds` went into prepare, transfer, probe and commit."""
+    snapshot_seconds: float = 0.0
+    """For how long the newest snapshot kept the trainer: its weights, their digests and the probe's log-probs."""
 
 
 class WeightSender:
@@ -107,28 +112,71 @@ class WeightSender:
         self._probe = Probe([], [])
         self._verified: dict[str, int] = {}
         self.report = SyncReport()
+        self._thread = ThreadPoolExecutor(1, "weight-sync")
+        self._going_on: Future[None] | None = None
 
-    def publish(self, snapshot: Snapshot, probe: Probe) -> None:
-        """Make this the version to serve. `sync` brings the replicas to it, those that join later included."""
-        self.snapshot, self._probe, self.report = snapshot, probe, SyncReport()
+    def publish(self, snapshot: Snapshot, probe: Probe) -> SyncReport:
+        """Make this the version to serve. `sync` brings the replicas to it, those that join later included.
+
+        Waits for a sync that goes on; answers what that of the version before has taken.
+        """
+        self._finish()
+        before, self.report = self.report, SyncReport()
+        self.snapshot, self._probe = snapshot, probe
         self._queue.publish(snapshot.version, snapshot.digest)
+        return before
 
     def sync(self) -> int:
         """Bring every replica that is alive and behind to the published version; says how many serve it now.
 
-        A replica that fails is evicted, so that its supervisor restarts it, and left out. A broadcast that fails for
-        one fails for all, so those who were in it and answered are tried again, each by itself.
+        A replica that fails is evicted, so that its supervisor restarts it, and left out.
         """
-        if behind := self._behind():
-            start = time.perf_counter()
-            asyncio.run(self._sync(behind))
-            for member in self._behind():
-                asyncio.run(self._sync([member]))
-            self.report.seconds += time.perf_counter() - start
-        return sum(self._is_current(member) for member in self._alive())
+        assert self.snapshot is not None, "sync before publish"
+        self._finish()
+        self.start_sync()
+        self._finish()
+        return self._serving(self.snapshot.version)
+
+    def start_sync(self, oldest: int = 0) -> int:
+        """Begin what `sync` does beside the caller, unless it goes on already or nobody is behind.
+
+        Says how many replicas serve version `oldest` or a newer one, which this trainer has verified.
+        """
+        if self._going_on and self._going_on.done():
+            self._finish()
+        if not self._going_on and self._behind():
+            self._going_on = self._start(self._bring())
+        return self._serving(oldest)
+
+    def _finish(self) -> None:
+        """Wait for the sync that goes on. Raises what it raised."""
+        if self._going_on:
+            going_on, self._going_on = self._going_on, None
+            self._wait(going_on)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> Future[None]:
+        return self._thread.submit(asyncio.run, work)
+
+    def _wait(self, work: Future[None]) -> None:
+        work.result()
+
+    async def _bring(self) -> None:
+        """A broadcast that fails for one fails for all: who was in it and answered is in the next, then alone."""
+        start = time.perf_counter()
+        for _ in range(2):
+            if behind := self._behind():
+                await self._sync(behind)
+        for member in self._behind():
+            await self._sync([member])
+        self.report.seconds += time.perf_counter() - start
+
+    def _serving(self, oldest: int) -> int:
+        return sum(self._verified.get(member.incarnation, -1) >= oldest for member in self._alive())
 
     def _behind(self) -> list[Member]:
-        return [member for member in self._alive() if not self._is_current(member)]
+        # What this trainer has verified counts, not what the replica says: an earlier trainer may have sent it.
+        version = self.snapshot.version if self.snapshot else None
+        return [member for member in self._alive() if self._verified.get(member.incarnation) != version]
 
     def _alive(self) -> list[Member]:
         now = time.time()
@@ -138,24 +186,20 @@ class WeightSender:
             if member.state not in ("loading", "draining") and member.alive(now, HEARD_OF_WITHIN_S)
         ]
 
-    def _is_current(self, member: Member) -> bool:
-        # What this trainer has verified counts, not what the replica says: an earlier trainer may have sent it.
-        return self.snapshot is not None and self._verified.get(member.incarnation) == self.snapshot.version
-
     async def _sync(self, members: Sequence[Member]) -> None:
         snapshot = self.snapshot
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
-        timeout_s, headers = self._config.deadline_s, self._headers
-        async with httpx.AsyncClient(timeout=timeout_s, verify=self._tls, headers=headers) as http:
+        # `_ask` has a deadline for a whole call; httpx' own is for each operation on the socket.
+        async with httpx.AsyncClient(timeout=None, verify=self._tls, headers=self._headers) as http:
             prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest, identity=self._identity)
             with self._timed("prepare"):
                 ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
 
             transfers = self._transfers(ready)
             with self._timed("transfer"):
-                sending = asyncio.to_thread(self._send, snapshot, transfers)
-                received, _ = await asyncio.gather(self._ask(http, "transfer", transfers, TransferReply), sending)
+                asking = self._ask(http, "transfer", transfers, TransferReply)
+                received, _ = await asyncio.gather(asking, self._send(snapshot, transfers))
             if len(received) != len(transfers):
                 self._group = None  # to whom it failed, has left it
             same = self._keep(received, "transfer", lambda reply: _digest_problem(reply, snapshot))
@@ -205,11 +249,12 @@ class WeightSender:
             rank += reply.num_workers
         return requests
 
-    def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
-        if not transfers:
-            return
-        request = transfers[0][1]
-        timeout_s = request.deadline_s
+    async def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
+        if transfers:
+            await asyncio.to_thread(self._broadcast, snapshot, transfers[0][1])
+
+    def _broadcast(self, snapshot: Snapshot, request: TransferRequest) -> None:
+        deadline = time.monotonic() + request.deadline_s
         group, self._group = self._group, None
         try:
             group = group or open_process_group(
@@ -218,9 +263,9 @@ class WeightSender:
                 request.group,
                 rank=0,
                 world_size=request.world_size,
-                timeout_s=timeout_s,
+                timeout_s=request.deadline_s,
             )
-            send(group, snapshot, timeout_s)
+            send(group, snapshot, deadline - time.monotonic())
             self._group = group
         except RuntimeError as error:
             # Which replica is to blame, its own answer tells; one that died has none, and is evicted for that.
@@ -238,11 +283,14 @@ class WeightSender:
         async def call(member: Member, request: Message) -> Reply:
             url = f"{member.control_url}/weights/{phase}"
             try:
-                response = await http.post(url, content=request.to_bytes())
-            except httpx.HTTPError as error:
+                async with asyncio.timeout(self._config.deadline_s):
+                    response = await http.post(url, content=request.to_bytes())
+            except TimeoutError:
                 raise ReplicaError(
-                    f"{type(error).__name__} after {self._config.deadline_s:g} s at most: {error}"
+                    f"{url} did not answer within {self._config.deadline_s:g} s (weight_sync.deadline_s)"
                 ) from None
+            except httpx.HTTPError as error:
+                raise ReplicaError(f"{url}: {type(error).__name__}: {error}") from None
             if response.status_code != httpx.codes.OK:
                 raise RefusalError(f"{url}: {response.text}")
             return reply_type.from_bytes(response.content)

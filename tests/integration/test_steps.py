@@ -3,14 +3,16 @@
 import math
 import random
 import statistics
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 
-from retort.queues import RolloutQueue
+from retort.queues import Fenced, RolloutQueue
 from retort.rollouts import RolloutGroup, WorkItem
 from services.trainer import admission
 from services.trainer.admission import StalledError, WorkList
@@ -101,6 +103,49 @@ def test_staleness_admits_so_many_steps_ahead_but_none_after_the_last(run: Run, 
     with TorchReplica(run):
         assert len(list(steps.take(1))) == 1
     assert set(journal.admitted) == {(1, 0), (2, 0)}
+
+
+def test_a_step_that_older_versions_may_sample_is_taken_while_a_new_one_is_being_sent(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps, _ = rank_0(run, tmp_path, trainer={"max_staleness": 1})
+    goes_on = threading.Event()
+    goes_on.set()
+
+    def wire(_: int, __: Tensor) -> None:
+        assert goes_on.wait(10)
+
+    with TorchReplica(run, corrupt=wire) as replica:
+        assert len(list(steps.take(1))) == 1
+        goes_on.clear()
+        publish(steps._sender, 1)
+        assert steps._sender.start_sync() == 1, "it has served this trainer's version 0"
+        assert len(list(steps.take(2))) == 1
+        assert steps._sender.start_sync(1) == 0, "the transfer cannot have ended"
+        assert replica.receiver.state == "updating"
+        goes_on.set()
+        publish(steps._sender, 2)
+        assert replica.receiver.served_version == 1, "the next version waits for the end of the sync before"
+    assert not [record for record in caplog.records if record.getMessage() == "replica_evicted"]
+
+
+def test_without_that_a_step_waits_for_its_version(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path)
+    with TorchReplica(run) as replica:
+        assert len(list(steps.take(1))) == 1
+        publish(steps._sender, 1)
+        assert steps._sender.start_sync(1) == 0
+        assert len(list(steps.take(2))) == 1
+        assert replica.says_it_serves(1)
+
+
+def test_what_ends_a_sync_beside_training_ends_the_trainer(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path, trainer={"max_staleness": 1})
+    with TorchReplica(run, silent_at="prepare"):
+        steps._sender.start_sync()
+        run.trainer(epoch=2)
+        with pytest.raises(Fenced, match="epoch 1 was replaced by epoch 2"):
+            publish(steps._sender, 1)
 
 
 class HeavyTail(SamplingJournal):

@@ -96,7 +96,7 @@ def test_a_process_group_goes_on_while_its_members_are_the_same_and_nothing_fail
     sender = a_sender(run)
 
     def groups(*replicas: TorchReplica) -> list[object]:
-        return [sender._group, *(replica.engine.membership._group for replica in replicas)]
+        return [sender._group, *(replica.engine.memberships[0]._group for replica in replicas)]
 
     with TorchReplica(run, "first") as first:
         publish(sender, 0)
@@ -111,7 +111,7 @@ def test_a_process_group_goes_on_while_its_members_are_the_same_and_nothing_fail
             of_two = groups(first, second)
             assert not set(map(id, of_two)) & set(map(id, opened))
             publish(sender, 3)
-            assert sender.sync() == 2, "together it failed; each by itself it went well"
+            assert sender.sync() == 2, "it failed once"
             assert not set(map(id, groups(first, second))) & set(map(id, of_two))
 
 
@@ -212,14 +212,14 @@ def test_a_replica_that_is_silent_in_a_phase_is_named_and_costs_the_others_its_d
         policy = publish(sender, 0)
         start = time.monotonic()
         serving = sender.sync()
-        assert time.monotonic() - start < 2 * DEADLINE_S  # one deadline, and no second one
+        assert time.monotonic() - start < 1.5 * DEADLINE_S  # one deadline, and no second one
         assert serving == 1
         assert_holds(well, policy)
         assert well.says_it_serves(0)
         assert_evicted(run, silent)
     [(name, at, reason)] = evictions(caplog)
     assert (name, at) == ("silent", phase)
-    assert "ReadTimeout" in reason
+    assert f"/weights/{phase} did not answer within 3 s (weight_sync.deadline_s)" in reason
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
@@ -232,7 +232,7 @@ def test_a_process_that_is_stopped_or_killed_in_a_phase_costs_the_others_its_dea
         policy = publish(sender, 0)
         start = time.monotonic()
         assert sender.sync() == 1
-        assert time.monotonic() - start < 2 * DEADLINE_S  # one deadline, and no second one
+        assert time.monotonic() - start < 1.5 * DEADLINE_S  # one deadline, and no second one
         assert_holds(well, policy)
         assert well.says_it_serves(0)
     assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", phase)]

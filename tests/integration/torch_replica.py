@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retort.lora import MergedWeights
-from retort.weight_sync import Membership, TransferRequest, WeightManifest, bucket_digest, receive
+from retort.weight_sync import Membership, TransferRequest, WeightManifest, bucket_digest
 from tests.integration.queue_run import Run
 from tests.integration.replica import Replica
 from tests.training import a_language_model
@@ -18,47 +18,54 @@ Weights = dict[str, Tensor]
 class TorchEngine:
     """`services.rollout.engine.Engine` without sampling. Its weights are not the trainer's until they were sent."""
 
-    num_workers = 1
-
     def __init__(
         self,
         corrupt: Callable[[int, Tensor], None],
         load_as: Callable[[Weights], Weights],
         files: Callable[[], Weights],
+        num_workers: int,
     ) -> None:
-        self.model = a_language_model(99, dtype=torch.float32, attention="sdpa")
+        self.num_workers = num_workers
+        self.models = [a_language_model(99, dtype=torch.float32, attention="sdpa") for _ in range(num_workers)]
+        """One for each worker; the first answers the probe."""
+        self.model = self.models[0]
         self._files = files
         self._corrupt = corrupt
         self._load_as = load_as
-        self._received: Weights = {}
-        self.membership = Membership()
+        self._received: list[Weights] = [{} for _ in self.models]
+        self.memberships = [Membership() for _ in self.models]
 
     async def prepare(self) -> None:
-        self._received = {}
+        self._received = [{} for _ in self.models]
 
     async def receive(self, request: TransferRequest, manifest: WeightManifest) -> list[list[int]]:
-        return [await asyncio.to_thread(self._receive, request, manifest)]
+        workers = range(self.num_workers)
+        return await asyncio.gather(
+            *(asyncio.to_thread(self._receive, request, manifest, worker) for worker in workers)
+        )
 
-    def _receive(self, request: TransferRequest, manifest: WeightManifest) -> list[int]:
+    def _receive(self, request: TransferRequest, manifest: WeightManifest, worker: int) -> list[int]:
         digests = []
-        with self.membership.of(request) as group:
-            arriving = receive(group, manifest, torch.device("cpu"), request.deadline_s)
-            for number, (tensors, _) in enumerate(arriving):
-                storage = tensors[0][1].untyped_storage()
-                bucket = torch.empty(0, dtype=torch.uint8).set_(storage)
+        received: Weights = {}
+        arriving = self.memberships[worker].receive(request, manifest, torch.device("cpu"), worker)
+        for number, (tensors, _) in enumerate(arriving):
+            bucket = torch.empty(0, dtype=torch.uint8).set_(tensors[0][1].untyped_storage())
+            if worker == self.num_workers - 1:
                 self._corrupt(number, bucket)
-                digests.append(bucket_digest(bucket))
-                self._received |= dict(tensors)
+            digests.append(bucket_digest(bucket))
+            received |= dict(tensors)
         if manifest.lora_base:
-            merged = MergedWeights(manifest.lora_base, self._files().items(), self._received, torch.device("cpu"))
-            self._received = dict(merged)
+            merged = MergedWeights(manifest.lora_base, self._files().items(), received, torch.device("cpu"))
+            received = dict(merged)
             digests.append(merged.base_digest)
+        self._received[worker] = received
         return digests
 
     async def load(self, version: int) -> None:
         with torch.no_grad():
-            for name, tensor in self._load_as(self._received).items():
-                self.model.get_parameter(name).copy_(tensor)
+            for model, received in zip(self.models, self._received, strict=True):
+                for name, tensor in self._load_as(received).items():
+                    model.get_parameter(name).copy_(tensor)
 
     async def probe(self, prompt_ids: list[int]) -> list[float]:
         return prompt_logprobs(self.model, prompt_ids)
@@ -67,7 +74,7 @@ class TorchEngine:
         """It samples nothing."""
 
     async def abandon(self) -> None:
-        self._received = {}
+        """What had arrived is forgotten by the next `prepare`."""
 
 
 @torch.no_grad()
@@ -94,6 +101,10 @@ class TorchReplica(Replica):
         load_as: Callable[[Weights], Weights] = lambda weights: weights,
         files: Callable[[], Weights] = dict,
         silent_at: str = "",
+        num_workers: int = 1,
     ) -> None:
-        """`files`: what the model's files hold, to which adapters are added."""
-        super().__init__(run, name, TorchEngine(corrupt, load_as, files), silent_at=silent_at)
+        """`corrupt`: what happens to a bucket that the last worker received, while the others receive.
+
+        `files`: what the model's files hold, to which adapters are added.
+        """
+        super().__init__(run, name, TorchEngine(corrupt, load_as, files, num_workers), silent_at=silent_at)

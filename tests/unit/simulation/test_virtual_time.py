@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from simulation import virtual_time
-from simulation.virtual_time import REDIS, TRAINER, VirtualTimeLoop
+from simulation.virtual_time import REDIS, TRAINER, OwnTime, VirtualTimeLoop
 
 
 def run(work: Coroutine[Any, Any, float]) -> float:
@@ -101,3 +101,51 @@ def test_time_in_which_the_process_was_stopped_does_not_count() -> None:
         time.sleep(2.5)
         os.kill(process.pid, signal.SIGCONT)
         assert process.wait(timeout=30) == 0
+
+
+def test_own_time_leaves_out_what_is_waited_for() -> None:
+    """Two tenths of a second are spent, one of them by a task that is waited for."""
+
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    async def other() -> None:
+        work(0.1)
+
+    async def both() -> None:
+        await asyncio.create_task(other())
+        work(0.1)
+
+    own = OwnTime(both())
+
+    async def run() -> None:
+        await own
+
+    asyncio.run(run())
+    assert 0.1 <= own.seconds < 0.15
+
+
+def test_own_time_passes_on_what_its_work_raises_and_what_ends_it() -> None:
+    caught = []
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            caught.append("cancelled")
+            raise ValueError("said by the work") from None
+
+    async def run() -> None:
+        task = asyncio.create_task(awaited(OwnTime(stubborn())))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    async def awaited(own: OwnTime) -> None:
+        await own
+
+    with pytest.raises(ValueError, match="said by the work"):
+        asyncio.run(run())
+    assert caught == ["cancelled"]

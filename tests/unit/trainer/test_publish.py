@@ -18,11 +18,16 @@ class CollectingSender(WeightSender):
         self.published: list[Any] = []
         self.report = SyncReport(replicas=3)
 
-    def publish(self, snapshot: Snapshot, probe: Probe) -> None:
+    def publish(self, snapshot: Snapshot, probe: Probe) -> SyncReport:
         self.published.append((snapshot, probe))
+        return SyncReport(replicas=2)
 
     def sync(self) -> int:
         self.published.append("sync")
+        return 0
+
+    def start_sync(self, oldest: int = 0) -> int:
+        self.published.append("start_sync")
         return 0
 
 
@@ -57,9 +62,26 @@ def test_the_probe_is_the_trainers_own_word_on_the_version_and_the_sync_follows(
     assert then == "sync"
 
 
-def test_the_report_is_the_senders_and_empty_on_other_ranks(mesh: DeviceMesh) -> None:
+@pytest.mark.parametrize(
+    ("max_staleness", "steps", "then", "replicas"),
+    [(0, 9, "sync", 3), (1, 9, "start_sync", 2), (1, 3, "sync", 3)],
+    ids=["nothing may be stale", "the next step may", "the last version"],
+)
+def test_training_goes_on_beside_a_sync_where_the_next_step_may_be_sampled_by_older_versions(
+    mesh: DeviceMesh, max_staleness: int, steps: int, then: str, replicas: int
+) -> None:
+    """The report is of the sync that was waited for: where none was, of the version before."""
+    policy, sender = a_policy(mesh), CollectingSender()
+    config = a_config(trainer={"max_staleness": max_staleness, "steps": steps})
+    weights = WeightPublisher(sender, config, policy, probe_ids=[1, 2])
+    weights.publish(policy)
+    assert sender.published[1:] == [then]
+    assert weights.report.replicas == replicas
+    assert weights.report.snapshot_seconds > 0
+
+
+def test_the_report_is_empty_on_other_ranks(mesh: DeviceMesh) -> None:
     policy = a_policy(mesh)
-    assert WeightPublisher(CollectingSender(), a_config(), policy, probe_ids=[1, 2]).report.replicas == 3
     elsewhere = WeightPublisher(None, a_config(), policy, probe_ids=[1, 2])
     elsewhere.publish(policy)
     assert elsewhere.report == SyncReport()
