@@ -148,8 +148,7 @@ class OutsideClient:
 
     def generate(self, prompt: Mapping[str, Any], *args: Any, **options: Any) -> AsyncIterator[RequestOutput]:
         # Not a generator itself: the context of the request is this call's, and need not be that of the iteration.
-        salted = {**prompt, "cache_salt": self._engine.cache_salt}
-        outputs = self._engine.llm.generate(salted, *args, **{**options, "priority": BEHIND_TRAINING})  # type: ignore[arg-type]
+        outputs = self._engine.llm.generate(prompt, *args, **{**options, "priority": BEHIND_TRAINING})  # type: ignore[arg-type]
         return self._committed(outputs, self.model.get() or POLICY)
 
     async def _committed(self, outputs: AsyncGenerator[RequestOutput], model: str) -> AsyncIterator[RequestOutput]:

@@ -1,6 +1,7 @@
 """The vLLM engine behind the rollout server. Beside it `vllm_plugin`, `probe_scheduler` and `inference` import vllm."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import uuid
@@ -47,7 +48,11 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
         # sample, with a C++ compiler, which a laptop may lack.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        os.environ["OMP_NUM_THREADS"] = str(engine_threads(config.rollout.replicas))
+        threads = engine_threads(config.rollout.replicas)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if (workers := config.rollout.tensor_parallel) > 1:
+            # vLLM would want a NUMA node for each worker.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_workers(workers, threads))
     return {
         "model": config.model.path,
         "dtype": config.model.dtype,
@@ -78,6 +83,12 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
 def engine_threads(replicas: int) -> int:
     """Of an engine on a CPU: the replicas of a host share its cores, all but one, which is the trainer's."""
     return max(1, (len(os.sched_getaffinity(0)) - 1) // replicas)
+
+
+def cores_of_workers(workers: int, threads: int) -> str:
+    """So many of the host's cores for each, as vLLM wants to be told: `0,1|2,3`; from the first again if need be."""
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return "|".join(",".join(str(next(cores)) for _ in range(threads)) for _ in range(workers))
 
 
 def sampling_parameters(sampling: SamplingParameters, seed: int) -> SamplingParams:
@@ -123,15 +134,6 @@ class VLLMEngine:
         )
         self.num_workers = config.rollout.tensor_parallel
         self.kv_on_update = config.rollout.kv_on_update
-        self._loads = 0
-
-    @property
-    def cache_salt(self) -> str:
-        """Keeps what was prefilled under other weights out of the prefix cache.
-
-        It counts loads: a version that a restarted trainer makes again need not be the same weights.
-        """
-        return str(self._loads)
 
     async def sample(
         self, prompt_ids: Sequence[int], sampling: SamplingParameters, seed: int, *, urgent: bool
@@ -154,7 +156,7 @@ class VLLMEngine:
         return Sampled(ids, logprobs, versions, reason)
 
     async def _generate(self, prompt_ids: Sequence[int], parameters: SamplingParams, priority: int) -> RequestOutput:
-        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=self.cache_salt)
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         async for output in self.llm.generate(prompt, parameters, uuid.uuid4().hex, priority=priority):
             if output.finished:
                 return output
@@ -173,9 +175,8 @@ class VLLMEngine:
 
     async def load(self, version: int) -> None:
         await self.llm.finish_weight_update(weight_version=str(version))
-        self._loads += 1
-        if self.kv_on_update == "recompute":
-            await self.llm.reset_prefix_cache(reset_running_requests=True)
+        # Either way nothing that old weights made is read by a request that begins under the new ones.
+        await self.llm.reset_prefix_cache(reset_running_requests=self.kv_on_update == "recompute")
 
     async def probe(self, prompt_ids: Sequence[int]) -> list[float]:
         """Log-probability of every token of the prompt but the first, under the weights in use; others stay frozen."""

@@ -309,6 +309,27 @@ def test_a_prompt_is_read_from_the_cache_until_other_weights_are_loaded(changed:
     assert cached_tokens() == 0
 
 
+def test_who_waits_for_room_at_an_update_reads_nothing_that_the_old_weights_made(changed: Served) -> None:
+    """With `keep`, those that run go on with old KV, of the same prompt; the prompt of those that wait is made anew."""
+    prompt, seats = list(range(20, 100)), changed.engine.llm.vllm_config.scheduler_config.max_num_active_seqs
+    few = SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=12)
+
+    async def update_meanwhile() -> list[Sampled]:
+        sampling = asyncio.create_task(changed.sample(prompt, range(seats + 16), few))
+        await asyncio.sleep(0.3)
+        changed.change(*KINDS, seed=1 + changed.version)
+        await changed.sync()
+        return await sampling
+
+    before = changed.version
+    completions = changed.wait(update_meanwhile(), 120)
+    kinds = [set(one.policy_versions) for one in completions]
+    assert {before, before + 1} in kinds or {before} in kinds, "nothing had begun"
+    waited = [one for one, versions in zip(completions, kinds, strict=True) if versions == {before + 1}]
+    assert waited, "nothing waited"
+    assert max(changed.gap(one, prompt) for one in waited) < TOLERANCE
+
+
 def test_a_seed_names_a_completion_whatever_else_is_sampled(changed: Served) -> None:
     scheduler = changed.engine.llm.vllm_config.scheduler_config
     # With it, a seeded request that is caught in a partial prefill ends the engine on a CPU.

@@ -46,8 +46,9 @@ def publish(sender: WeightSender, version: int, *, bucket_mib: float = 0.004) ->
 
 
 def assert_holds(replica: TorchReplica, policy: torch.nn.Module) -> None:
-    for (name, ours), theirs in zip(policy.named_parameters(), replica.engine.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+    for model in replica.engine.models:
+        for (name, ours), theirs in zip(policy.named_parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
 
 
 def evictions(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:
@@ -254,6 +255,47 @@ def test_a_replica_that_breaks_the_broadcast_for_all_is_found_out(run: Run, capl
     [(name, phase, reason)] = evictions(caplog)
     assert (name, phase) == ("broken", "transfer")
     assert "out of memory" in reason
+
+
+def test_those_who_are_left_of_a_broadcast_are_sent_to_together(run: Run) -> None:
+    sender = a_sender(run)
+    with (
+        a_doomed_replica(run, "transfer", signal.SIGKILL),
+        TorchReplica(run, "one") as one,
+        TorchReplica(run, "two") as two,
+    ):
+        publish(sender, 0)
+        assert sender.sync() == 2
+        assert [sorted(name for name, _ in sender._group_members)] == [sorted([one.incarnation, two.incarnation])]
+        assert one.calls.count("transfer") == two.calls.count("transfer") == 2
+
+
+def test_every_worker_of_a_replica_has_a_rank_of_its_own_and_holds_what_was_sent(run: Run) -> None:
+    """As with tensor parallelism: ranks 1 and 2 are of one replica, 3 of the other, 4 to 6 of the last."""
+    sender = a_sender(run)
+    replicas = [TorchReplica(run, f"rollout-{number}", num_workers=size) for number, size in enumerate([2, 1, 3])]
+    with replicas[0], replicas[1], replicas[2]:
+        for version in (0, 1):
+            policy = publish(sender, version)
+            assert sender.sync() == 3
+            assert [size for _, size in sender._group_members] == [2, 1, 3]
+            for replica in replicas:
+                assert_holds(replica, policy)
+                assert replica.says_it_serves(version)
+
+
+def test_one_worker_that_received_other_bytes_stops_the_commit_of_its_replica(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender = a_sender(run)
+    with TorchReplica(run, corrupt=flip_one_bit, num_workers=2) as replica:
+        publish(sender, 0)
+        assert sender.sync() == 0
+        assert_evicted(run, replica)
+    [(_, phase, reason)] = evictions(caplog)
+    assert phase == "transfer"
+    assert "worker 1 received" in reason
+    assert "in buckets [1]" in reason
 
 
 def test_a_replica_that_is_gone_is_named(run: Run, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,13 +67,13 @@ class Fleet:
 
 
 @contextmanager
-def a_fleet(redis_url: str) -> Iterator[Fleet]:
+def a_fleet(redis_url: str, *more_settings: str) -> Iterator[Fleet]:
     """The replica as a member of a run of its own. Its worker can be made to go wrong."""
     import services.rollout.vllm_engine as module
     from services.rollout.inference import make_inference
 
     torch.set_num_threads(1)
-    settings = [f"model.path={ROOT / 'models' / 'tiny'}", f"rollout.concurrent_groups={SEQUENCES // 8}"]
+    settings = [f"model.path={ROOT / 'models' / 'tiny'}", f"rollout.concurrent_groups={SEQUENCES // 8}", *more_settings]
     config = load_config(ROOT / "configs" / "tiny-cpu.toml", settings, env={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WorkerExtension", FaultyWorker)
