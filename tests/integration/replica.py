@@ -36,6 +36,7 @@ class Replica:
         engine: Any,
         *,
         silent_at: str = "",
+        host: str = "127.0.0.1",
         inference: Callable[[WeightReceiver], ASGIApp] | None = None,
     ) -> None:
         self.name = name
@@ -48,8 +49,8 @@ class Replica:
         self._silent_at = silent_at
         self.public = make_app(self.receiver, inference(self.receiver) if inference else None)
         self.control = make_control_app(self.receiver, AUTHORIZATION)
-        self._socket = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._socket = listen(host, 0)
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(self._asgi, interface="asgi3", log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._loop = asyncio.new_event_loop()

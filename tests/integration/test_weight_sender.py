@@ -1,7 +1,6 @@
 """Weight syncs with real HTTP, a real broadcast and real members: only what was verified is ever served."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from retort.identity import Identity
 from retort.queues import Evicted
 from retort.weight_sync import PrepareRequest, Snapshot, TensorSpec, WeightManifest
 from services.trainer.weight_sender import Probe, WeightSender
-from tests.integration.doomed_replica import a_doomed_replica
+from tests.integration.doomed_replica import PHASES, a_doomed_replica
 from tests.integration.queue_run import Run
 from tests.integration.replica import AUTHORIZATION
 from tests.integration.torch_replica import TorchReplica, Weights, prompt_logprobs, untouched
@@ -27,8 +26,8 @@ HEADERS = {"Authorization": AUTHORIZATION}
 TENSORS_ONE_BY_ONE = 1e-6
 
 
-def a_sender(run: Run, epoch: int = 1) -> WeightSender:
-    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4)
+def a_sender(run: Run, epoch: int = 1, host: str = "127.0.0.1") -> WeightSender:
+    config = WeightSyncConfig(deadline_s=DEADLINE_S, max_probe_gap=1e-4, host=host)
     return WeightSender(
         run.trainer(epoch), config, epoch=epoch, backend="gloo", authorization=AUTHORIZATION, identity=Identity()
     )
@@ -51,9 +50,9 @@ def assert_holds(replica: TorchReplica, policy: torch.nn.Module) -> None:
             assert torch.equal(ours, theirs), name
 
 
-def evictions(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:
+def evictions(log: pytest.LogCaptureFixture) -> list[tuple[str, str, str]]:
     """(replica, phase, reason) of every eviction so far."""
-    fields = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "replica_evicted"]
+    fields = [r.__dict__["fields"] for r in log.records if r.getMessage() == "replica_evicted"]
     return [(f["replica"], f["phase"], f["reason"]) for f in fields]
 
 
@@ -223,22 +222,24 @@ def test_a_replica_that_is_silent_in_a_phase_is_named_and_costs_the_others_its_d
     assert f"/weights/{phase} did not answer within 3 s (weight_sync.deadline_s)" in reason
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
-@pytest.mark.parametrize("phase", ["prepare", "transfer", "probe", "commit"])
+@pytest.mark.parametrize("fate", ["stopped", "killed"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_process_that_is_stopped_or_killed_in_a_phase_costs_the_others_its_deadline(
-    run: Run, caplog: pytest.LogCaptureFixture, phase: str, number: signal.Signals
+    run: Run, caplog: pytest.LogCaptureFixture, phase: str, fate: str
 ) -> None:
     sender = a_sender(run)
-    with a_doomed_replica(run, phase, number), TorchReplica(run, "well") as well:
+    with a_doomed_replica(run, phase, fate), TorchReplica(run, "well") as well:
         policy = publish(sender, 0)
         start = time.monotonic()
         assert sender.sync() == 1
         assert time.monotonic() - start < 1.5 * DEADLINE_S  # one deadline, and no second one
         assert_holds(well, policy)
         assert well.says_it_serves(0)
-    assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", phase)]
-    # A broadcast that failed for one has failed for all, and is repeated for those who are left.
-    assert well.calls.count("transfer") == (2 if phase == "transfer" else 1)
+    call = phase.replace("broadcast", "transfer")
+    assert [(name, at) for name, at, _ in evictions(caplog)] == [("doomed", call)]
+    # A broadcast that failed for one has failed for all who did not have everything by then, and is repeated for them.
+    repeated = {"transfer": {2}, "broadcast": {1, 2}}
+    assert well.calls.count("transfer") in repeated.get(phase, {1})
 
 
 def test_a_replica_that_breaks_the_broadcast_for_all_is_found_out(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +261,7 @@ def test_a_replica_that_breaks_the_broadcast_for_all_is_found_out(run: Run, capl
 def test_those_who_are_left_of_a_broadcast_are_sent_to_together(run: Run) -> None:
     sender = a_sender(run)
     with (
-        a_doomed_replica(run, "transfer", signal.SIGKILL),
+        a_doomed_replica(run, "transfer", "killed"),
         TorchReplica(run, "one") as one,
         TorchReplica(run, "two") as two,
     ):

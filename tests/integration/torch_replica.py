@@ -102,9 +102,10 @@ class TorchReplica(Replica):
         files: Callable[[], Weights] = dict,
         silent_at: str = "",
         num_workers: int = 1,
+        host: str = "127.0.0.1",
     ) -> None:
         """`corrupt`: what happens to a bucket that the last worker received, while the others receive.
 
         `files`: what the model's files hold, to which adapters are added.
         """
-        super().__init__(run, name, TorchEngine(corrupt, load_as, files, num_workers), silent_at=silent_at)
+        super().__init__(run, name, TorchEngine(corrupt, load_as, files, num_workers), silent_at=silent_at, host=host)

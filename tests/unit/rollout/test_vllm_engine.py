@@ -1,6 +1,6 @@
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+from services.rollout import vllm_engine
 
 
 @pytest.mark.parametrize(
@@ -10,7 +10,5 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 def test_the_workers_of_a_split_engine_share_the_cores(
     workers: int, threads: int, cores: set[int], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.rollout import vllm_engine
-
     monkeypatch.setattr(vllm_engine.os, "sched_getaffinity", lambda _: cores)
     assert vllm_engine.cores_of_workers(workers, threads) == text
