@@ -227,7 +227,7 @@ local function evict(keys, args)
   redis.call('HSET', k.evicted, args[2], args[3])
   -- Its supervisor may have started another in the meantime, which is not to blame.
   local member = redis.call('HGET', k.members, args[2])
-  if member and cmsgpack.unpack(member).incarnation == args[3] then
+  if member and cmsgpack.unpack(string.match(member, '^%S+ (.*)$')).incarnation == args[3] then
     redis.call('HDEL', k.members, args[2])
   end
   return 'OK'
@@ -361,12 +361,14 @@ local function bury(keys, args)
 end
 
 -- replica, incarnation, member. Answers whether the operator wants the replica to work on or to leave.
+-- The time stands before it, because the clocks of two hosts need not agree; this one's is everybody's.
 local function announce(keys, args)
   local k = keyed(keys)
   if redis.call('HGET', k.evicted, args[1]) == args[2] then
     return redis.error_reply('EVICTED')
   end
-  redis.call('HSET', k.members, args[1], args[3])
+  local now = redis.call('TIME')
+  redis.call('HSET', k.members, args[1], string.format('%d.%06d ', now[1], now[2]) .. args[3])
   return redis.call('HGET', k.drain, args[1]) == args[2] and 'drain' or 'ok'
 end
 

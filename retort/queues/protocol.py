@@ -56,7 +56,7 @@ class Member(Message, frozen=True, kw_only=True):
     tokens_generated: int
     waiting_for: str
     updated: float
-    """When this was written, in seconds since 1970."""
+    """When this was written, in seconds since 1970 by the writer's clock; as read, when it came by the reader's."""
     groups_finished: int = 0
     """By this process."""
     last_finished: float = 0.0

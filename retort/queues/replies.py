@@ -1,5 +1,6 @@
 """Redis replies become our values here and nowhere else; redis-py types them as unions of everything."""
 
+import time
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -33,8 +34,18 @@ def texts(reply: Reply) -> dict[str, str]:
     return {text(name): text(value) for name, value in reply.items()}
 
 
-def members(reply: Reply) -> dict[str, Member]:
-    return {text(name): Member.from_bytes(data) for name, data in reply.items()}
+def members(reply: Reply, clock: Reply) -> dict[str, Member]:
+    """The hash `members`. `clock`: Redis' answer to TIME, taken with it."""
+    ahead = clock[0] + clock[1] / 1e6 - time.time()
+    return {text(name): _member(data, ahead) for name, data in reply.items()}
+
+
+def _member(data: bytes, ahead: float) -> Member:
+    """With the times of its own clock as this process' clock shows them, of which Redis' is `ahead` by seconds."""
+    stamp, _, packed = data.partition(b" ")
+    member, heard = Member.from_bytes(packed), float(stamp) - ahead
+    finished = heard - (member.updated - member.last_finished) if member.last_finished else 0.0
+    return msgspec.structs.replace(member, updated=heard, last_finished=finished)
 
 
 def policy(reply: Reply) -> Policy | None:

@@ -32,8 +32,12 @@ class RunView:
         return replies.texts(self._redis.hgetall(self._keys("progress")))
 
     def members(self) -> dict[str, Member]:
-        """The rollout replicas by name, dead ones included."""
-        return replies.members(self._redis.hgetall(self._keys("members")))
+        """The rollout replicas by name, dead ones included. Times are by this host's clock, whatever theirs show."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.time()
+            pipeline.hgetall(self._keys("members"))
+            clock, members = pipeline.execute()
+        return replies.members(members, clock)
 
     def policy(self) -> Policy | None:
         """The committed policy; None before the first."""

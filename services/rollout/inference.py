@@ -78,7 +78,7 @@ def make_inference(engine: VLLMEngine, receiver: WeightReceiver, *, model_path: 
 
 
 class WhileServing:
-    """Lets requests in while a version is served, tells vLLM its name, and says in the answer which it was."""
+    """Lets requests in while a version is served, tells vLLM its name, and says which it is when the answer begins."""
 
     def __init__(self, app: FastAPI, receiver: WeightReceiver, names: list[BaseModelPath], patience_s: float) -> None:
         self.app = app
@@ -91,12 +91,13 @@ class WhileServing:
             error = {"message": f"no policy version is served: {self._receiver.state}", "code": 503}
             refusal = JSONResponse({"error": error}, status_code=503)
             return await refusal(scope, receive, send)
-        version = self._receiver.served_version
-        self._names[1:] = [BaseModelPath(f"{POLICY}@{version}", self._names[0].model_path)]
+        name = f"{POLICY}@{self._receiver.served_version}"
+        self._names[1:] = [BaseModelPath(name, self._names[0].model_path)]
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[VERSION_HEADER] = str(version)
+                # An update may have come while the answer was being made.
+                MutableHeaders(scope=message)[VERSION_HEADER] = str(self._receiver.last_served_version)
             await send(message)
 
         await self.app(scope, receive, send_with_version)

@@ -42,6 +42,8 @@ class WeightReceiver:
         self._changed = asyncio.Condition()
         self._one_at_a_time = asyncio.Lock()
         self.served_version: int | None = None
+        self.last_served_version: int | None = None
+        """The same, but for an update, during which nothing is served and no token sampled."""
 
     @property
     def state(self) -> str:
@@ -143,4 +145,6 @@ class WeightReceiver:
         async with self._changed:
             self._phase = phase
             self.served_version = self._pending.version if phase == "serving" and self._pending else None
+            if self.served_version is not None:
+                self.last_served_version = self.served_version
             self._changed.notify_all()

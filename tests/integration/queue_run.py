@@ -90,6 +90,13 @@ class Run:
         holder = self.redis.xpending_range(stream, CONSUMER_GROUP, lease.entry_id, lease.entry_id, 1)[0]["consumer"]
         self.redis.xclaim(stream, CONSUMER_GROUP, holder, 0, [lease.entry_id], idle=10**9, justid=True)
 
+    def let_member_fall_silent(self, name: str, seconds: float) -> None:
+        """As if it had last been heard of so long ago."""
+        data = self.redis.hget(self.keys("members"), name)
+        assert isinstance(data, bytes)
+        stamp, _, member = data.partition(b" ")
+        self.redis.hset(self.keys("members"), name, b"%f %b" % (float(stamp) - seconds, member))
+
     def empty(self) -> None:
         """The server forgets the run."""
         self.redis.delete(*self.keys.of_functions(), self.keys("progress"), self.keys("stop"))

@@ -1,7 +1,6 @@
 """However groups arrive, the trainer gets each of a step's once, in slot order; or it learns why it will not."""
 
 import re
-import time
 from collections.abc import Callable
 
 import pytest
@@ -153,7 +152,8 @@ def test_dead_work_of_another_step_does_not_end_the_wait(run: Run) -> None:
 def test_a_stall_says_what_is_missing_and_who_is_there(run: Run) -> None:
     reader = a_reader(run, stall_s=0.3)
     replica = run.replica("rollout-3")
-    run.wait(replica.announce(a_member("rollout-3", updated=time.time() - 42)))
+    run.wait(replica.announce(a_member("rollout-3")))
+    run.let_member_fall_silent("rollout-3", 42)
     [first, *_] = run.take(replica, limit=1)
     run.wait(replica.submit(first, a_group(first)))
     run.take(replica, limit=1)

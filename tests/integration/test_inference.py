@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -136,6 +138,21 @@ def test_a_stream_goes_on_over_an_update_unless_it_asked_for_one_version(served:
     with pytest.raises(openai.APIError, match=rf"not served any more, `policy@{served.version}` is"):
         for _ in pinned:
             pass
+
+
+def test_the_header_of_an_answer_that_took_an_update_names_the_version_that_ended_it(served: Fleet) -> None:
+    before = served.version
+    request = {"prompt_ids": PROMPT, "max_completion_tokens": LONG_TOKENS, "temperature": 1.0}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(httpx.post, f"{served.replica.url}/generate", json=request) for _ in range(8)]
+        time.sleep(0.3)
+        assert served.sync() == 1
+        answers = [one.result() for one in asked]
+    last = [answer.json()["policy_versions"][-1] for answer in answers]
+    assert before + 1 in last, "some were in flight"
+    # One that ended while the update was coming in is answered after it.
+    named = [int(answer.headers["x-policy-version"]) for answer in answers]
+    assert all(last[i] <= named[i] <= before + 1 for i in range(8))
 
 
 def test_while_no_version_is_served_requests_wait_and_are_then_refused(served: Fleet, client: openai.OpenAI) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 import pytest
 
 from retort.queues import (
-    Evicted,
     Fenced,
     InFlight,
     Lease,
@@ -318,30 +317,6 @@ def test_a_policy_version_never_falls_within_an_epoch_and_may_in_the_next(run: R
 
 
 # Members, progress, stop ---------------------------------------------------------------------------
-
-
-def test_an_evicted_process_cannot_return_but_its_successor_can(run: Run) -> None:
-    trainer, replica = run.trainer(), run.replica()
-    run.wait(replica.announce(a_member(incarnation="first")))
-    trainer.evict(a_member(incarnation="first"))
-    with pytest.raises(Evicted, match="rollout-0 was evicted"):
-        run.wait(replica.announce(a_member(incarnation="first")))
-    assert trainer.members() == {}
-    run.wait(replica.announce(a_member(incarnation="second")))
-    assert trainer.members() == {"rollout-0": a_member(incarnation="second")}
-
-
-def test_a_late_eviction_does_not_strike_the_successor(run: Run) -> None:
-    trainer, replica = run.trainer(), run.replica()
-    run.wait(replica.announce(a_member(incarnation="second")))
-    trainer.evict(a_member(incarnation="first"))
-    assert trainer.members() == {"rollout-0": a_member(incarnation="second")}
-
-
-def test_a_member_that_was_not_heard_of_for_too_long_is_dead() -> None:
-    member = a_member(updated=100.0)
-    assert member.alive(now=110.0, limit_s=10.0)
-    assert not member.alive(now=110.5, limit_s=10.0)
 
 
 def test_progress_and_the_request_to_stop_are_seen_by_all(run: Run) -> None:

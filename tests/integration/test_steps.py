@@ -271,3 +271,37 @@ def test_other_ranks_take_what_rank_0_collected_and_have_no_queue() -> None:
     assert steps.validate(0, at_once=True) is None
     assert steps.finish_validation() is None
     steps.release(0)
+
+
+class Alternating(SamplingJournal):
+    """Groups that teach nothing, as often as it is told to: all their rewards are equal."""
+
+    teach_nothing = 0
+
+    def beat(self) -> None:
+        RunJournal.beat(self)
+        for lease in self._run.take(self._replica):
+            item = lease.item
+            self.admitted.append((item.step, item.min_policy_version))
+            rewards = [1.0, 1.0] if self.teach_nothing > 0 else [1.0, 0.0]
+            self.teach_nothing -= 1
+            group = a_group(*(a_rollout(reward=reward) for reward in rewards), group_id=item.group_id, step=item.step)
+            self._run.wait(self._replica.submit(lease, group))
+
+
+@pytest.mark.parametrize(
+    ("teach_nothing", "asked", "idle"),
+    [(0, 4, 0), (2, 6, 0), (4 + 3, 4 + 4 + 3, 0), (99, 4 + 3 * 4, 4)],
+    ids=["all teach", "two are replaced", "of their replacements three again", "none ever teaches"],
+)
+def test_groups_that_teach_nothing_are_replaced_three_times_at_most_within_the_bound(
+    run: Run, tmp_path: Path, teach_nothing: int, asked: int, idle: int
+) -> None:
+    """Of four other questions each time; the step has its four groups whatever comes of it."""
+    steps, journal = rank_0(run, tmp_path, journal_type=Alternating, method={"name": "dapo"})
+    journal.teach_nothing = teach_nothing
+    with TorchReplica(run):
+        [batch] = steps.take(1)
+    assert len(batch.groups) == len({group.group_id for group in batch.groups}) == 4
+    assert sum(len({rollout.reward for rollout in group.rollouts}) == 1 for group in batch.groups) == idle
+    assert journal.admitted == [(1, 0)] * asked, "every one of this step, sampled by no older version"

@@ -1,0 +1,49 @@
+"""Who is a member of a run, since when nobody has heard of it, and how it is struck off."""
+
+import time
+
+import msgspec
+import pytest
+
+from retort.queues import Evicted
+from tests.integration.queue_run import Run, a_member
+
+
+def test_an_evicted_process_cannot_return_but_its_successor_can(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    run.wait(replica.announce(a_member(incarnation="first")))
+    trainer.evict(a_member(incarnation="first"))
+    with pytest.raises(Evicted, match="rollout-0 was evicted"):
+        run.wait(replica.announce(a_member(incarnation="first")))
+    assert trainer.members() == {}
+    run.wait(replica.announce(a_member(incarnation="second")))
+    assert {member.incarnation for member in trainer.members().values()} == {"second"}
+
+
+def test_a_late_eviction_does_not_strike_the_successor(run: Run) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    run.wait(replica.announce(a_member(incarnation="second")))
+    trainer.evict(a_member(incarnation="first"))
+    assert {member.incarnation for member in trainer.members().values()} == {"second"}
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_a_member_is_as_old_as_its_last_word_whatever_the_clock_of_its_host_shows(run: Run, skew_s: float) -> None:
+    trainer, replica = run.trainer(), run.replica()
+    there = time.time() + skew_s
+    run.wait(replica.announce(msgspec.structs.replace(a_member(updated=there), last_finished=there - 30)))
+    [member] = trainer.members().values()
+    now = time.time()
+    assert 0 <= now - member.updated < 5
+    assert 30 <= now - member.last_finished < 35
+    assert member.alive(now, limit_s=5)
+    run.let_member_fall_silent("rollout-0", 60)
+    [member] = trainer.members().values()
+    assert 60 <= time.time() - member.updated < 65
+    assert not member.alive(time.time(), limit_s=10)
+
+
+def test_a_member_that_was_not_heard_of_for_too_long_is_dead() -> None:
+    member = a_member(updated=100.0)
+    assert member.alive(now=110.0, limit_s=10.0)
+    assert not member.alive(now=110.5, limit_s=10.0)
