@@ -1,8 +1,8 @@
 """The version and lease protocol, small enough to walk every interleaving of it.
 
 Actions are named like the code's: what a replica does is `WeightReceiver` and `Sampler`, what the trainer does is
-`WeightSender` and `Rank0Steps`, what Redis does is functions.lua. A step trains one group, with max_staleness 0.
-Replicas are alike, so their order does not count: what is known about one of them lies in its record.
+`WeightSender` and `Rank0Steps`, what Redis does is functions.lua. A step trains one group. A sync goes on beside
+whatever else happens, training and the next version included, so that no order of the two is left out. Replicas are alike, so their order does not count: what is known about one of them lies in its record.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 Weights = tuple[int, int]
 """(epoch, version): what one trainer made. A trainer that restarts makes the same version anew, as other weights."""
+TORN: Weights = (-1, -1)
+"""What a broadcast that broke in the middle leaves."""
 
 
 class Hand(NamedTuple):
@@ -55,6 +57,7 @@ class State(NamedTuple):
     broken: str = ""
     crashes: int = 1
     faults: int = 1
+    max_staleness: int = 0
 
     @property
     def policy(self) -> Weights:
@@ -80,8 +83,9 @@ class Protocol:
 
     def trainer(self, state: State) -> Iterator[tuple[str, State]]:
         step = state.version + 1
-        if step <= len(state.work) and state.work[step - 1] == "absent":
-            yield f"issue {step}", with_work(state, step, "issued")
+        for ahead in range(step, min(step + state.max_staleness, len(state.work)) + 1):
+            if state.work[ahead - 1] == "absent":
+                yield f"issue {ahead}", with_work(state, ahead, "issued")
         if any(entry[0] == step for entry in state.stream):
             replicas = tuple(sorted((r._replace(is_current=False) for r in state.replicas), key=hash))
             yield f"train {step}", state._replace(version=step, replicas=replicas)
@@ -150,6 +154,8 @@ class Protocol:
             yield state, r._replace(phase="received"), True
             if state.faults:
                 yield spent(state), r._replace(phase="received", is_damaged=True), True
+                # For whichever replica it breaks, those who are left are prepared again; none is evicted for it.
+                yield spent(state), r._replace(phase="torn", weights=TORN), True
         elif call == "probe" and r.phase == "received" and r.pending == policy:
             skips = self.bug == "late_joiner_skips_verification" and r.weights is None
             loaded = r._replace(phase="verifying", weights=r.pending)
@@ -175,16 +181,16 @@ class Protocol:
             if r.phase in ("serving", goes_on.get(self.bug)) and r.weights and r.pending:
                 sampled = r.hand._replace(epoch=r.epoch, sampled_by=r.weights, said=r.pending[1])
                 yield f"sample {r.hand.step}", state, r._replace(hand=sampled)
-        elif self.may_be_submitted(r, r.hand):
+        elif self.may_be_submitted(state, r, r.hand):
             yield from self.submit(state, r, r.hand)
         elif r.phase == "serving":
             given_back = with_work(state, r.hand.step, "issued") if is_leased(state, r.hand.step) else state
             yield f"give back {r.hand.step}", given_back, r._replace(hand=None)
 
-    def may_be_submitted(self, r: Replica, hand: Hand) -> bool:
+    def may_be_submitted(self, state: State, r: Replica, hand: Hand) -> bool:
         served = r.phase == "serving" and r.pending is not None and r.pending[1] >= hand.said
         same_epoch = hand.epoch == r.epoch or self.bug == "epochs_not_compared"
-        fresh = hand.said >= hand.step - 1 or self.bug == "staleness_not_checked"
+        fresh = hand.said >= hand.step - 1 - state.max_staleness or self.bug == "staleness_not_checked"
         return (served or self.bug == "unverified_tokens_leave") and same_epoch and fresh
 
     def submit(self, state: State, r: Replica, hand: Hand) -> Iterator[tuple[str, State, Replica]]:
@@ -248,7 +254,9 @@ def violation(state: State) -> str:
         "the trainer believes a replica to be current that is not": all(r.pending == state.policy for r in believed),
         "tokens are said to be of another version than sampled them": all(w[1] == said for w, said in sampled),
         "a token was sampled by weights that were not committed": all(w in state.committed for w, _ in sampled),
-        "tokens are staler than allowed": all(said == step - 1 for step, _, said in state.stream),
+        "tokens are staler than allowed": all(
+            0 <= step - 1 - said <= state.max_staleness for step, _, said in state.stream
+        ),
         "a group is there twice": len(steps) == len(set(steps)),
     }
     return next((promise for promise, holds in rules.items() if not holds), state.broken)

@@ -6,19 +6,29 @@ from tests.model.explorer import Exploration, explore
 from tests.model.protocol import Protocol, Replica, State, is_done, violation
 
 
-def walk(replicas: int, bug: str = "", *, steps: int = 2, crashes: int = 1, faults: int = 1) -> Exploration[State]:
-    initial = State((Replica(),) * replicas, work=("absent",) * steps, crashes=crashes, faults=faults)
+def walk(
+    replicas: int, bug: str = "", *, steps: int = 2, crashes: int = 1, faults: int = 1, max_staleness: int = 0
+) -> Exploration[State]:
+    initial = State(
+        (Replica(),) * replicas,
+        work=("absent",) * steps,
+        crashes=crashes,
+        faults=faults,
+        max_staleness=max_staleness,
+    )
     return explore(initial, Protocol(bug).actions, violation, is_done)
 
 
 @pytest.mark.parametrize(
-    ("replicas", "steps", "faults"),
-    [(1, 2, 1), (2, 2, 0), (2, 1, 1), (3, 1, 0)],
+    ("replicas", "steps", "faults", "max_staleness"),
+    [(1, 2, 1, 0), (2, 2, 0, 0), (2, 1, 1, 0), (3, 1, 1, 0), (1, 2, 1, 1), (2, 2, 0, 1), (1, 3, 0, 2)],
     ids=str,
 )
-def test_the_protocol_keeps_its_promises_with_a_crash_at_any_point(replicas: int, steps: int, faults: int) -> None:
-    """A fault is a lost answer, a late call, bytes that were damaged on the way, or a lease that ran out too early."""
-    found = walk(replicas, steps=steps, faults=faults)
+def test_the_protocol_keeps_its_promises_with_a_crash_at_any_point(
+    replicas: int, steps: int, faults: int, max_staleness: int
+) -> None:
+    """A fault is a lost answer, a late call, damaged bytes, a broken broadcast, or a lease that ran out too early."""
+    found = walk(replicas, steps=steps, faults=faults, max_staleness=max_staleness)
     assert found.violation == "", found.trace
     assert found.num_states > 10_000
 
