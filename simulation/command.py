@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ def _fleets(
             fleet = _changed(config, mode, replicas, RANKS_PER_REPLICA * replicas, overrides)
             setup = _setup(args, fleet, shape, given, deaths=min(args.deaths, replicas - 1))
             measured = simulate(setup, max(1, math.ceil(args.groups / per_step)), url)
+            _say(f"{mode}, {replicas} replicas: {measured.groups_per_s:.2f} groups/s", measured)
             first = first or measured.groups_per_s / replicas
             efficiency = measured.groups_per_s / replicas / first
             yield {"mode": mode, "replicas": replicas, "efficiency": efficiency, **_values(measured)}
@@ -100,7 +102,13 @@ def _splits(
                 ranks = gpus - replicas * each
                 setup = _setup(args, _changed(config, mode, replicas, ranks, {}), shape, given, deaths=0)
                 measured = simulate(setup, 1, url)
+                _say(f"{mode}, {replicas} of {gpus} GPUs for rollout: {measured.step_s[0]:.0f} s a step", measured)
                 yield {"gpus": gpus, "mode": mode, "replicas": replicas, "ranks": ranks, **_values(measured)}
+
+
+def _say(what: str, measured: Measured) -> None:
+    """Progress, beside the table that comes when all is done."""
+    print(f"{what}; {measured.groups} groups simulated in {measured.real_s:.0f} s", file=sys.stderr)
 
 
 def _changed(config: RunConfig, mode: str, replicas: int, ranks: int, trainer: dict[str, int]) -> RunConfig:

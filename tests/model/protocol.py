@@ -2,7 +2,8 @@
 
 Actions are named like the code's: what a replica does is `WeightReceiver` and `Sampler`, what the trainer does is
 `WeightSender` and `Rank0Steps`, what Redis does is functions.lua. A step trains one group. A sync goes on beside
-whatever else happens, training and the next version included, so that no order of the two is left out. Replicas are alike, so their order does not count: what is known about one of them lies in its record.
+whatever else happens, training and the next version included, so that no order of the two is left out. Replicas are
+alike, so their order does not count: what is known about one of them lies in its record.
 """
 
 from collections.abc import Iterator
