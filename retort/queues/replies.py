@@ -37,7 +37,8 @@ def texts(reply: Reply) -> dict[str, str]:
 def members(reply: Reply, clock: Reply) -> dict[str, Member]:
     """The hash `members`. `clock`: Redis' answer to TIME, taken with it."""
     ahead = clock[0] + clock[1] / 1e6 - time.time()
-    return {text(name): _member(data, ahead) for name, data in reply.items()}
+    # What began with no time was written by an older version of Retort, whose replicas cannot be talked to anyway.
+    return {text(name): _member(data, ahead) for name, data in reply.items() if data[:1].isdigit()}
 
 
 def _member(data: bytes, ahead: float) -> Member:
