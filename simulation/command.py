@@ -84,7 +84,7 @@ def _fleets(
             fleet = _changed(config, mode, replicas, RANKS_PER_REPLICA * replicas, overrides)
             setup = _setup(args, fleet, shape, given, deaths=min(args.deaths, replicas - 1))
             measured = simulate(setup, max(1, math.ceil(args.groups / per_step)), url)
-            _say(f"{mode}, {replicas} replicas: {measured.groups_per_s:.2f} groups/s", measured)
+            _say(f"{mode}, replicas: {replicas}, {measured.groups_per_s:.2f} groups/s", measured)
             first = first or measured.groups_per_s / replicas
             efficiency = measured.groups_per_s / replicas / first
             yield {"mode": mode, "replicas": replicas, "efficiency": efficiency, **_values(measured)}

@@ -1,6 +1,7 @@
 """A simulated fleet with the services' own control plane and a real server; its times can be worked out by hand."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,22 @@ def test_two_replicas_sample_in_half_the_time(redis_url: str) -> None:
     assert simulate(a_setup(2, "group"), 2, redis_url).step_s[1] == pytest.approx(2 + 2 + 0.5, abs=0.01)
 
 
+def test_a_group_costs_redis_as_much_in_a_large_fleet_as_in_a_small_one(redis_url: str) -> None:
+    """Eight replicas do eight times the work in the same time; what waits by the clock is divided by more groups."""
+    alone, eight = (simulate(with_work_for(a_setup(replicas, "group")), 4, redis_url) for replicas in (1, 8))
+    assert alone.step_s[1:] == eight.step_s[1:] == pytest.approx([6.5] * 3, abs=0.01)
+    assert 30 < eight.redis_calls < alone.redis_calls < 60
+    assert 14_000 < eight.redis_bytes < alone.redis_bytes < 20_000
+
+
+def with_work_for(setup: Setup) -> Setup:
+    """Four groups a step for each replica."""
+    trainer = setup.config.trainer
+    replicas, names = setup.config.rollout.replicas, ("groups_per_step", "groups_per_update")
+    wider = {name: replicas * getattr(trainer, name) for name in names}
+    return replace(setup, config=setup.config.model_copy(update={"trainer": trainer.model_copy(update=wider)}))
+
+
 def test_a_replica_that_dies_costs_its_lease_and_no_group(redis_url: str) -> None:
     setup = replace(a_setup(2, "group"), deaths=1, death_every_s=1.6)  # in its second group, of four
     measured = simulate(setup, 2, redis_url)
@@ -80,6 +97,20 @@ def test_the_command_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> 
         ("streamed", 1, 1.0),
     ]
     assert printed["assumptions"]["tflops"] == 350
+
+
+def test_the_split_that_is_recommended_is_the_quickest_for_each_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    smaller = ["trainer.groups_per_step=4", "trainer.groups_per_update=2", "sampling.max_completion_tokens=2048"]
+    words = ["simulate", str(REFERENCE), "--replicas", "1", "--groups", "8"]
+    assert main([*words, *(word for setting in smaller for word in ("--set", setting))]) == 0
+    text = capsys.readouterr().out
+    rows = re.findall(r"^ +(8|16)  (barrier|streamed) +(\d+) +(\d+) +([\d.]+)(  <- recommended)?$", text, re.MULTILINE)
+    for gpus in ("8", "16"):
+        of_machine = [row for row in rows if row[0] == gpus]
+        assert {row[1] for row in of_machine} == {"barrier", "streamed"}
+        assert all(int(sampling) + int(training) == int(gpus) for _, _, sampling, training, _, _ in of_machine)
+        [recommended] = [row for row in of_machine if row[5]]
+        assert float(recommended[4]) == min(float(row[4]) for row in of_machine)
 
 
 def test_a_stall_of_the_machine_makes_no_replica_silent(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

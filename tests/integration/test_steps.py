@@ -217,6 +217,10 @@ def test_validation_is_collected_recorded_and_forgotten(run: Run, tmp_path: Path
     steps, _ = rank_0(run, tmp_path, validation={"samples": 3})
     with TorchReplica(run):
         assert steps.validate(0, at_once=False) == 1.0, "every rollout of this replica is right"
+    # With one replica it goes first, and the panel shows why nothing is trained.
+    progress = run.view.progress()
+    assert progress["phase"] == "validating"
+    assert progress["waiting_for"] == "2 validation groups of version 0; training goes on when they are there"
     assert len((tmp_path / "validation" / "step-000000.jsonl").read_text().splitlines()) == 2
     assert run.view.in_flight("validation").finished == 0
 
