@@ -8,6 +8,7 @@ while real work is done, so that hours of a run take minutes, and the work of th
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def main(args: argparse.Namespace) -> int:
     """Raises ConfigError when run file, model or assumptions are of no use."""
     config = load_config(args.config, args.set)
     given, shape = assumptions(args, config), read_shape(config.model.path)
+    logging.getLogger("retort").addHandler(logging.NullHandler())  # that replicas die is what was asked for
     with own_valkey() as url:
         fleets = [*_fleets(args, config, shape, given, url)]
         splits = [] if args.no_prediction else [*_splits(args, config, shape, given, url)]
