@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from retort.config import RunConfig, load_config
 from retort.identity import identity_of
@@ -93,6 +94,19 @@ class Trainer:
 
     def _sync(self) -> None:
         self._sender.sync()
+
+
+def make_model(directory: Path, hidden: int, layers: int) -> str:
+    """A random one of the demo's kind and vocabulary: the engine has more to do, and what is around it the same."""
+    tiny = load_config(CONFIG).model.path
+    config = AutoConfig.from_pretrained(tiny)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = hidden, 3 * hidden, layers
+    config.num_attention_heads = config.num_key_value_heads = hidden // config.head_dim
+    config.layer_types = ["full_attention"] * layers
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(directory)
+    return str(directory)
 
 
 def _weights(config: RunConfig) -> tuple[Snapshot, Probe]:
@@ -183,11 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__)
     parser.add_argument("--groups", type=int, default=64, help="of 8 completions, in a round")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=0, help="width of a random model; default: the demo's, of 128")
+    parser.add_argument("--layers", type=int, default=8, help="of that model")
     parser.add_argument("--json", action="store_true", help="one object instead of lines")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contexts end, and with them what they started
     load = os.getloadavg()[0]
-    with own_valkey() as url, reward_service() as reward:
+    with own_valkey() as url, reward_service() as reward, tempfile.TemporaryDirectory() as directory:
+        if args.hidden:
+            os.environ["RETORT_MODEL__PATH"] = make_model(Path(directory), args.hidden, args.layers)
         os.environ |= {
             "RETORT_REDIS__URL": url,
             "RETORT_REWARD__ADDRESS": reward.address,

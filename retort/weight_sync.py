@@ -225,6 +225,9 @@ def open_process_group(
     """
     timeout = timedelta(seconds=timeout_s)
     prefixed = PrefixStore(f"retort/{name}", store)
+    # All have to be there before anything begins that has no deadline, as NCCL's own start has none.
+    prefixed.set(f"here/{rank}", "")
+    prefixed.wait([f"here/{other}" for other in range(world_size)], timeout)
     if backend == "gloo":
         return cast(ProcessGroup, ProcessGroupGloo(prefixed, rank, world_size, timeout))
     from torch.distributed.distributed_c10d import ProcessGroupNCCL  # only in CUDA builds

@@ -18,6 +18,7 @@ from retort.rollouts import Message, RolloutGroup, WorkItem
 from retort.weight_sync import Snapshot, TransferRequest, WeightManifest
 from services.trainer.admission import WorkList
 from services.trainer.journal import Journal
+from services.trainer.publish import may_overlap
 from services.trainer.steps import Rank0Steps
 from services.trainer.weight_sender import Probe, WeightSender
 from simulation.fleet import Fleet
@@ -146,4 +147,7 @@ class SimulatedTrainer:
 
     def _publish(self, version: int) -> None:
         self._sender.publish(Snapshot(version, WeightManifest(buckets=[]), [], []), Probe([], []))
-        self._sender.sync()
+        if may_overlap(self._fleet.setup.config.trainer, version) and version < self._num_steps:
+            self._sender.start_sync()
+        else:
+            self._sender.sync()

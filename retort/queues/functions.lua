@@ -227,8 +227,7 @@ local function evict(keys, args)
   redis.call('HSET', k.evicted, args[2], args[3])
   -- Its supervisor may have started another in the meantime, which is not to blame.
   local member = redis.call('HGET', k.members, args[2])
-  local packed = member and string.match(member, '^[%d.]+ (.*)$')
-  if packed and cmsgpack.unpack(packed).incarnation == args[3] then
+  if member and cmsgpack.unpack(string.match(member, '^[%d.]+ (.*)$') or member).incarnation == args[3] then
     redis.call('HDEL', k.members, args[2])
   end
   return 'OK'

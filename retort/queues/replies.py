@@ -37,12 +37,13 @@ def texts(reply: Reply) -> dict[str, str]:
 def members(reply: Reply, clock: Reply) -> dict[str, Member]:
     """The hash `members`. `clock`: Redis' answer to TIME, taken with it."""
     ahead = clock[0] + clock[1] / 1e6 - time.time()
-    # What began with no time was written by an older version of Retort, whose replicas cannot be talked to anyway.
-    return {text(name): _member(data, ahead) for name, data in reply.items() if data[:1].isdigit()}
+    return {text(name): _member(data, ahead) for name, data in reply.items()}
 
 
 def _member(data: bytes, ahead: float) -> Member:
     """With the times of its own clock as this process' clock shows them, of which Redis' is `ahead` by seconds."""
+    if not data[:1].isdigit():
+        return Member.from_bytes(data)  # from a replica of an older version, which has no clock but its own
     stamp, _, packed = data.partition(b" ")
     member, heard = Member.from_bytes(packed), float(stamp) - ahead
     finished = heard - (member.updated - member.last_finished) if member.last_finished else 0.0

@@ -37,6 +37,8 @@ from services.rollout.weight_receiver import WeightReceiver
 
 POLICY = "policy"
 VERSION_HEADER = "x-policy-version"
+SAMPLED_BY = ContextVar[set[int]]("sampled_by")
+"""The versions that have sampled the answer to the request at hand."""
 BEHIND_TRAINING = 1
 """vLLM's priority: work from the queue has 0, and the smaller number goes first."""
 
@@ -70,6 +72,7 @@ def make_inference(engine: VLLMEngine, receiver: WeightReceiver, *, model_path: 
         )
         epoch = receiver.epoch
         sampled = await engine.sample(request.prompt_ids, sampling, request.seed, urgent=False)
+        SAMPLED_BY.get().update(sampled.policy_versions)
         if not await receiver.wait_until_committed(max(sampled.policy_versions, default=0), epoch, patience_s):
             raise HTTPException(503, "the version that sampled this was not committed; ask again")
         return sampled
@@ -78,7 +81,7 @@ def make_inference(engine: VLLMEngine, receiver: WeightReceiver, *, model_path: 
 
 
 class WhileServing:
-    """Lets requests in while a version is served, tells vLLM its name, and says which it is when the answer begins."""
+    """Lets requests in while a version is served, tells vLLM its name, and says which it was in the answer."""
 
     def __init__(self, app: FastAPI, receiver: WeightReceiver, names: list[BaseModelPath], patience_s: float) -> None:
         self.app = app
@@ -94,10 +97,14 @@ class WhileServing:
         name = f"{POLICY}@{self._receiver.served_version}"
         self._names[1:] = [BaseModelPath(name, self._names[0].model_path)]
 
+        sampled_by: set[int] = set()
+        SAMPLED_BY.set(sampled_by)
+
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # An update may have come while the answer was being made.
-                MutableHeaders(scope=message)[VERSION_HEADER] = str(self._receiver.last_served_version)
+                # The newest that has sampled any of it. A stream begins before anything is sampled.
+                version = max(sampled_by, default=self._receiver.last_served_version)
+                MutableHeaders(scope=message)[VERSION_HEADER] = str(version)
             await send(message)
 
         await self.app(scope, receive, send_with_version)
@@ -150,9 +157,11 @@ class OutsideClient:
     def generate(self, prompt: Mapping[str, Any], *args: Any, **options: Any) -> AsyncIterator[RequestOutput]:
         # Not a generator itself: the context of the request is this call's, and need not be that of the iteration.
         outputs = self._engine.llm.generate(prompt, *args, **{**options, "priority": BEHIND_TRAINING})  # type: ignore[arg-type]
-        return self._committed(outputs, self.model.get() or POLICY)
+        return self._committed(outputs, self.model.get() or POLICY, SAMPLED_BY.get())
 
-    async def _committed(self, outputs: AsyncGenerator[RequestOutput], model: str) -> AsyncIterator[RequestOutput]:
+    async def _committed(
+        self, outputs: AsyncGenerator[RequestOutput], model: str, sampled_by: set[int]
+    ) -> AsyncIterator[RequestOutput]:
         """Pass on what a committed version sampled; a request for one version ends when another is served."""
         epoch = self._receiver.epoch
         async with aclosing(outputs):
@@ -162,6 +171,8 @@ class OutsideClient:
                 served = f"{POLICY}@{self._receiver.served_version}"
                 if model not in (POLICY, served):
                     raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{served}` is.")
+                for completion in output.outputs:
+                    sampled_by.update(int(span.version) for span in completion.weight_versions or ())
                 yield output
 
 

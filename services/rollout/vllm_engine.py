@@ -1,7 +1,6 @@
 """The vLLM engine behind the rollout server. Beside it `vllm_plugin`, `probe_scheduler` and `inference` import vllm."""
 
 import asyncio
-import itertools
 import os
 import shutil
 import uuid
@@ -48,11 +47,11 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         # `enforce_eager` spares the model only: vLLM would still compile how it ranks log-probs, at the first
         # sample, with a C++ compiler, which a laptop may lack.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        threads = engine_threads(config.rollout.replicas)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        if (workers := config.rollout.tensor_parallel) > 1:
+        workers = config.rollout.tensor_parallel
+        os.environ["OMP_NUM_THREADS"] = str(engine_threads(config.rollout.replicas * workers))
+        if workers > 1:
             # vLLM would want a NUMA node for each worker.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_of_workers(workers, threads))
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return {
         "model": config.model.path,
         "dtype": config.model.dtype,
@@ -80,15 +79,9 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def engine_threads(replicas: int) -> int:
-    """Of an engine on a CPU: the replicas of a host share its cores, all but one, which is the trainer's."""
-    return max(1, (len(os.sched_getaffinity(0)) - 1) // replicas)
-
-
-def cores_of_workers(workers: int, threads: int) -> str:
-    """So many of the host's cores for each, as vLLM wants to be told: `0,1|2,3`; from the first again if need be."""
-    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
-    return "|".join(",".join(str(next(cores)) for _ in range(threads)) for _ in range(workers))
+def engine_threads(workers: int) -> int:
+    """Of each engine worker of a host with CPUs: they share its cores, all but one, which is the trainer's."""
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // workers)
 
 
 def sampling_parameters(sampling: SamplingParameters, seed: int) -> SamplingParams:

@@ -114,6 +114,8 @@ def run(config: RunConfig) -> int:
         except GivenUpError as error:
             journal.keep_given_up(error.item, work.question(error.item), error.reason)
             raise
+        finally:
+            weights.close()
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED

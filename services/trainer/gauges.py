@@ -45,6 +45,10 @@ STEP_GAUGES: Mapping[str, Gauge] = MappingProxyType(
         "weight_sync/probe_gap": _of_step(
             "probe_gap_nats", "Largest difference of a log-probability of the probe prompt between replica and trainer."
         ),
+        "weight_sync/seconds": _of_step(
+            "sync_seconds",
+            "Bringing a version to every replica; with max_staleness above 0, and so beside training, the one before.",
+        ),
         "perf/throughput": _of_step("throughput_tokens_per_second", "Tokens trained on, per second of the step."),
         "perf/mfu": _of_step("mfu_ratio", "Operations computed over what the devices could have done."),
         "perf/packing_efficiency": _of_step("packing_ratio", "Tokens of micro-batches over what they had room for."),
@@ -62,9 +66,11 @@ STEP_GAUGES: Mapping[str, Gauge] = MappingProxyType(
             "forward_backward_seconds", "Forward and backward passes of the updates."
         ),
         "timing_s/optimizer": _of_step("optimizer_seconds", "The optimizer's part of the updates."),
-        "timing_s/weight_sync": _of_step("weight_sync_seconds", "Bringing the new version to every replica."),
-        "timing_s/snapshot": _of_step("snapshot_seconds", "Of the weight sync: gathering and copying the weights."),
-        "timing_s/broadcast": _of_step("broadcast_seconds", "Of the weight sync: sending the weights."),
+        "timing_s/weight_sync": _of_step(
+            "weight_sync_seconds", "For how long the new version kept the trainer: its snapshot, the wait for a sync."
+        ),
+        "timing_s/snapshot": _of_step("snapshot_seconds", "Of that: weights, digests, the probe's log-probs."),
+        "timing_s/broadcast": _of_step("broadcast_seconds", "Of `weight_sync/seconds`: sending the weights."),
         "timing_s/checkpoint": _of_step("checkpoint_seconds", "Writing the checkpoint."),
         "timing_s/validation": _of_step("validation_seconds", "Measuring the policy on the validation questions."),
     }

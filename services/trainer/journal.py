@@ -156,6 +156,7 @@ class RunJournal(Journal):
         metrics = step_metrics(batch, updates, longest, max_ratio)
         metrics["weight_sync/replicas"] = report.replicas
         metrics["weight_sync/probe_gap"] = report.probe_gap
+        metrics["weight_sync/seconds"] = report.seconds
         metrics |= work_metrics(work, self.seconds)
         metrics["timing_s/snapshot"] = report.snapshot_seconds
         metrics["timing_s/broadcast"] = report.phase_seconds.get("transfer", 0.0)

@@ -65,8 +65,10 @@ def start_ranks(config: RunConfig) -> Iterator[bool]:
     torch.use_deterministic_algorithms(config.trainer.deterministic)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The other ranks wait in a collective while rank 0 waits for groups, and rank 0 has the shorter deadline.
-    patience = timedelta(seconds=config.timeouts.stall_s + config.timeouts.startup_s + 60)
+    # The other ranks wait in a collective while rank 0 waits for groups or for the four calls of a weight sync, the one
+    # before it included, and rank 0 has the shorter deadlines.
+    syncing_s = 2 * 4 * config.weight_sync.deadline_s
+    patience = timedelta(seconds=config.timeouts.stall_s + config.timeouts.startup_s + syncing_s + 60)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     try:
         yield dist.get_rank() == 0

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from retort.config import RunConfig
+from retort.config import RunConfig, TrainerConfig
 from retort.weight_sync import Snapshot, TensorSpec, WeightManifest
 from services.trainer.policy import Policy
 from services.trainer.weight_sender import Probe, SyncReport, WeightSender
@@ -31,6 +31,11 @@ class WeightPublisher:
         """The published weights, in the type that is served; None if not rank 0."""
         return self._sender.snapshot if self._sender else None
 
+    def close(self) -> None:
+        """Let a sync that goes on come to its end."""
+        if self._sender:
+            self._sender.close()
+
     def publish(self, policy: Policy) -> None:
         """Make the policy the version to serve, and bring every replica that is there to it.
 
@@ -47,10 +52,18 @@ class WeightPublisher:
         base_digest = self._adapters.base_digest if self._adapters else None
         snapshot = Snapshot.take(policy.version, self._manifest, tensors, base_digest=base_digest)
         snapshot_seconds = time.perf_counter() - start
-        self.report = self._sender.publish(snapshot, probe)
-        if self._settings.max_staleness and policy.version < self._settings.steps:
+        before = self._sender.publish(snapshot, probe)
+        if may_overlap(self._settings, policy.version):
             self._sender.start_sync()
+            self.report = replace(before, snapshot_seconds=snapshot_seconds)
         else:
             self._sender.sync()
-            self.report = self._sender.report
-        self.report = replace(self.report, snapshot_seconds=snapshot_seconds)
+            self.report = replace(self._sender.report, snapshot_seconds=snapshot_seconds)
+            if self._settings.max_staleness:
+                # That of the version before stands in no other line.
+                self.report.probe_gap = max(before.probe_gap, self.report.probe_gap)
+
+
+def may_overlap(settings: TrainerConfig, version: int) -> bool:
+    """Whether the step after `version` may be trained while the version is being sent: older ones may sample it."""
+    return settings.max_staleness > 0 and version < settings.steps

@@ -116,7 +116,8 @@ class Rank0Steps(Steps):
         try:
             if self._journal.is_validated(version):
                 return None
-            replicas = self._wait_for_a_replica(version)
+            # Its work waits in the queue for the version, which may still be on its way to them.
+            replicas = self._wait_for_a_replica(self._oldest(version))
             self._pending = version, self._work.of_validation(version)
             self._issue(self._pending[1])
             goes_first = at_once or replicas == 1 or self._config.trainer.deterministic
@@ -158,7 +159,7 @@ class Rank0Steps(Steps):
 
     def _parts(self, step: int) -> Iterator[list[RolloutGroup]]:
         """The step's groups in whole updates, in the order of their arrival; or all of them, in slot order."""
-        self._wait_for_a_replica(max(0, step - 1 - self._config.trainer.max_staleness))
+        self._wait_for_a_replica(self._oldest(step - 1))
         items = self._admit(step)
         # What replaces groups has to see all of them first.
         refills = method_of(self._config.method).parts.refill
@@ -230,6 +231,10 @@ class Rank0Steps(Steps):
         if time.monotonic() - self._last_tick > TICK_EVERY_S:
             broadcast_bytes(TICK)
             self._last_tick = time.monotonic()
+
+    def _oldest(self, version: int) -> int:
+        """Version that may still be served when `version` is the newest."""
+        return max(0, version - self._config.trainer.max_staleness)
 
     def _wait_for_a_replica(self, oldest: int) -> int:
         """How many replicas serve version `oldest` or a newer one; at least one."""

@@ -7,6 +7,7 @@ A sync has a thread of its own, so that training can go on beside it. All that i
 """
 
 import asyncio
+import contextvars
 import logging
 import math
 import socket
@@ -19,11 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
+from redis.exceptions import RedisError
 from torch.distributed import TCPStore
 
 from retort.config import WeightSyncConfig
 from retort.identity import Identity
-from retort.queues import Member, TrainerQueue
+from retort.queues import Fenced, Member, TrainerQueue
 from retort.rollouts import Message
 from retort.telemetry import log_event
 from retort.weight_sync import (
@@ -148,6 +150,14 @@ class WeightSender:
             self._going_on = self._start(self._bring())
         return self._serving(oldest)
 
+    def close(self) -> None:
+        """Let a sync that goes on come to its end: a replica that has been paused would stay so."""
+        try:
+            self._finish()
+        except (Fenced, RedisError) as error:
+            log_event("sync_given_up", logging.WARNING, reason=error)
+        self._thread.shutdown()
+
     def _finish(self) -> None:
         """Wait for the sync that goes on. Raises what it raised."""
         if self._going_on:
@@ -155,7 +165,8 @@ class WeightSender:
             self._wait(going_on)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        return self._thread.submit(asyncio.run, work)
+        # With what is logged of this thread: run, step and version.
+        return self._thread.submit(contextvars.copy_context().run, asyncio.run, work)
 
     def _wait(self, work: Future[None]) -> None:
         work.result()
@@ -190,8 +201,7 @@ class WeightSender:
         snapshot = self.snapshot
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
-        # `_ask` has a deadline for a whole call; httpx' own is for each operation on the socket.
-        async with httpx.AsyncClient(timeout=None, verify=self._tls, headers=self._headers) as http:
+        async with self._client() as http:
             prepare = PrepareRequest(epoch=epoch, version=version, manifest=snapshot.manifest, identity=self._identity)
             with self._timed("prepare"):
                 ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
@@ -216,6 +226,12 @@ class WeightSender:
             self._verified[member.incarnation] = version
             log_event("replica_serves", replica=member.name, version=version)
         self.report.replicas += len(serving)
+
+    def _client(self) -> httpx.AsyncClient:
+        # `_ask` has a deadline for a whole call; httpx' own is for each operation on the socket. And it would let 100
+        # calls be under way, while in a transfer nobody answers before all have joined.
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(timeout=None, limits=limits, verify=self._tls, headers=self._headers)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -43,9 +43,12 @@ def test_a_member_is_as_old_as_its_last_word_whatever_the_clock_of_its_host_show
     assert not member.alive(time.time(), limit_s=10)
 
 
-def test_what_an_older_version_left_is_no_member(run: Run) -> None:
-    run.redis.hset(run.keys("members"), "rollout-0", a_member().to_bytes())
-    assert run.trainer().members() == {}
+def test_a_replica_of_an_older_version_which_has_no_clock_but_its_own_is_seen_and_can_be_evicted(run: Run) -> None:
+    run.redis.hset(run.keys("members"), "rollout-0", a_member(updated=100.0).to_bytes())
+    trainer = run.trainer()
+    assert trainer.members() == {"rollout-0": a_member(updated=100.0)}
+    trainer.evict(a_member())
+    assert trainer.members() == {}
 
 
 def test_a_member_that_was_not_heard_of_for_too_long_is_dead() -> None:

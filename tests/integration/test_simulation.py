@@ -60,6 +60,17 @@ def test_a_step_takes_what_sampling_training_and_sync_take(redis_url: str, order
     assert (measured.groups, measured.tokens) == (8, 8 * 2 * 100)
 
 
+@pytest.mark.parametrize(("max_staleness", "expected_s"), [(0, 4 + 6 + 0.5), (1, 6)])
+def test_with_staleness_sampling_and_sync_go_on_beside_training(
+    redis_url: str, max_staleness: int, expected_s: float
+) -> None:
+    """Training takes 6 s, sampling 4 and the sync 0.5."""
+    setup = replace(a_setup(1, "group"), training_s=6.0)
+    trainer = setup.config.trainer.model_copy(update={"max_staleness": max_staleness})
+    setup = replace(setup, config=setup.config.model_copy(update={"trainer": trainer}))
+    assert simulate(setup, 4, redis_url).step_s[1:3] == pytest.approx([expected_s] * 2, abs=0.01)
+
+
 def test_two_replicas_sample_in_half_the_time(redis_url: str) -> None:
     assert simulate(a_setup(2, "group"), 2, redis_url).step_s[1] == pytest.approx(2 + 2 + 0.5, abs=0.01)
 

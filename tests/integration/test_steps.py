@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,21 @@ def test_without_that_a_step_waits_for_its_version(run: Run, tmp_path: Path) -> 
         assert steps._sender.start_sync(1) == 0
         assert len(list(steps.take(2))) == 1
         assert replica.says_it_serves(1)
+
+
+def test_a_sync_that_goes_on_when_training_ends_is_brought_to_its_end(run: Run, tmp_path: Path) -> None:
+    steps, _ = rank_0(run, tmp_path, trainer={"max_staleness": 1})
+    begun = threading.Event()
+
+    def wire(_: int, __: Tensor) -> None:
+        begun.set()
+        time.sleep(0.1)
+
+    with TorchReplica(run, corrupt=wire) as replica:
+        steps._sender.start_sync()
+        assert begun.wait(10)
+        steps._sender.close()
+        assert replica.says_it_serves(0)
 
 
 def test_what_ends_a_sync_beside_training_ends_the_trainer(run: Run, tmp_path: Path) -> None:
