@@ -80,12 +80,11 @@ def run(config: RunConfig) -> int:
         journal, steps, sender = Journal(), Steps(assemble_step), None
         if fence and queue:
             queue.withdraw_later(policy.version + 1 + config.trainer.max_staleness)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
             sender = WeightSender(
                 queue,
                 config.weight_sync,
                 epoch=fence.epoch,
-                backend=backend,
+                backend="nccl" if torch.cuda.is_available() else "gloo",
                 authorization=authorization(),
                 identity=identity_of(config, tokenizer),
             )
