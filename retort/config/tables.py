@@ -144,7 +144,8 @@ class TrainerConfig(Config):
     ranks, `teacher` frees 4 and copies 16 whenever it scores and 8 as it follows; `optimizer` frees 8 (Adam's moments)
     and copies 16 an update."""
     max_logprob_gap: PositiveFloat = 0.5
-    """Largest mean |engine - trainer| log-probability of sampled tokens in a step; beyond, the run stops (exit 5)."""
+    """Largest mean |engine - trainer| log-probability of the tokens that a step's own policy version sampled; beyond,
+    the run stops (exit 5)."""
     score_idle_rows: bool = False
     """Take the old log-probs of completions with advantage 0 too. They teach nothing, but `actor/entropy` and
     `rollout_corr/*` then cover every token, as in published runs, at the cost of one forward pass."""

@@ -47,8 +47,10 @@ class WeightReceiver:
 
     @property
     def state(self) -> str:
-        """joining, updating or serving, for the members list."""
-        return self._phase if self._phase in ("joining", "serving") else "updating"
+        """joining, updating or serving, for the members list. Joining is who has not served yet."""
+        if self._phase == "serving":
+            return "serving"
+        return "joining" if self._phase == "joining" and self.last_served_version is None else "updating"
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         """Freeze generation and expect `request.version`. Repeating it after a failure is allowed."""

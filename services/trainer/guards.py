@@ -48,20 +48,25 @@ class Guards:
         self._step = 0
 
     def check_engine(self, batch: StepBatch) -> None:
-        """Compare what the engine said when it sampled with what the trainer says of the same tokens."""
+        """Compare what the engine said when it sampled with what the trainer says of the same tokens.
+
+        Of completions that the step's own version sampled: an older one rightly says something else. Whether the
+        engine computes as the trainer does, the probe of every weight sync asks besides.
+        """
         if batch.step != self._step:
             self._step, self._groups, self._updates = batch.step, [], []
         self._groups += batch.groups
-        tokens = batch.tokens_of(batch.scored_rows)
+        rows = [row for row in batch.scored_rows if set(batch.rollouts[row].policy_versions) <= {batch.step - 1}]
+        tokens = batch.tokens_of(rows)
         if not len(tokens):
             return
         gap = float((batch.old_logprobs[tokens] - batch.rollout_logprobs[tokens]).abs().mean())
         if not gap <= self._config.max_logprob_gap:
             self._stop(
                 f"step {batch.step}: log-probs of engine and trainer differ by {gap:.3g} a token on average, and "
-                f"trainer.max_logprob_gap is {self._config.max_logprob_gap:g} ({_by_replica(batch)}). Nothing was "
-                "learned from it. One replica alone: its log and its versions. All of them: model.dtype, the engine's "
-                "version, staleness."
+                f"trainer.max_logprob_gap is {self._config.max_logprob_gap:g} ({_by_replica(batch, rows)}). Nothing "
+                "was learned from it. One replica alone: its log and its versions. All of them: model.dtype, the "
+                "engine's version."
             )
 
     def check_updates(self, updates: Sequence[Update]) -> None:
@@ -101,11 +106,11 @@ def collapse_signals(metrics: Mapping[str, float]) -> list[str]:
     return signals
 
 
-def _by_replica(batch: StepBatch) -> str:
+def _by_replica(batch: StepBatch, rows: Sequence[int]) -> str:
     """`rollout-0 0.01, rollout-1 1.7`: the mean gap of what each replica sampled."""
     gaps: dict[str, list[float]] = defaultdict(list)
     replicas = [group.sampled_by for group in batch.groups for _ in group.rollouts]
-    for row in batch.scored_rows:
+    for row in rows:
         tokens = batch.tokens_of([row])
         gaps[replicas[row]] += (batch.old_logprobs[tokens] - batch.rollout_logprobs[tokens]).abs().tolist()
     return ", ".join(f"{replica} {fmean(found):.3g}" for replica, found in sorted(gaps.items()) if found)

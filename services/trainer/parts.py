@@ -1,5 +1,6 @@
 """What a trainer consists of beside its connections, for training and for `retort replay` alike."""
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -81,3 +82,5 @@ def freeze_heap() -> None:
     all of them every few micro-batches: 5 % of the time of a model of the demo's size."""
     gc.collect()
     gc.freeze()
+    # Or Triton's bindings tell of everything that is still there, in lines that bury the trainer's last words.
+    atexit.register(gc.unfreeze)

@@ -62,6 +62,23 @@ def test_a_version_is_served_after_the_four_calls_and_not_before() -> None:
     asyncio.run(story())
 
 
+def test_who_has_served_is_updating_from_the_first_moment_of_an_update() -> None:
+    async def story() -> None:
+        replica = Replica()
+        for phase in PHASES:
+            await replica.call(phase, version=4)
+        seen = []
+
+        async def prepare() -> None:
+            seen.append(replica.receiver.state)
+
+        replica.engine.prepare = prepare  # type: ignore[method-assign]
+        await replica.call("prepare", version=5)
+        assert seen == ["updating"]
+
+    asyncio.run(story())
+
+
 def test_the_answers_are_the_engines() -> None:
     async def story() -> None:
         replica = Replica()

@@ -44,6 +44,19 @@ def test_the_error_says_by_how_much_and_which_limit_that_is() -> None:
         guards(max_logprob_gap=0.25).check_engine(a_step([1.0, -0.5]))
 
 
+def test_rows_that_an_older_version_sampled_do_not_count() -> None:
+    """Step 3 is trained from version 2: what version 1 says of its tokens differs for a good reason."""
+    groups = [a_group(a_rollout([5, 6], policy_version=version)) for version in (1, 2)]
+    batch = a_batch(groups, [0.5, 0.5], step=3)
+    for gaps, is_near in (([9.0, 9.0, 0.0, 0.0], True), ([0.0, 0.0, 9.0, 9.0], False)):
+        batch.old_logprobs = batch.rollout_logprobs + torch.tensor(gaps)
+        if is_near:
+            guards(max_logprob_gap=0.25).check_engine(batch)
+        else:
+            with pytest.raises(DivergedError, match="differ by 9 a token"):
+                guards(max_logprob_gap=0.25).check_engine(batch)
+
+
 def test_rows_that_were_not_scored_do_not_count() -> None:
     guards(max_logprob_gap=0.25).check_engine(a_step([99.0], advantage=0.0))
 
