@@ -211,6 +211,17 @@ def test_a_run_that_trains_adapters_leaves_a_whole_model_that_differs_where_adap
     assert trained == {name for name in before if "_proj" in name}
 
 
+def test_a_run_with_staleness_samples_ahead_within_the_bound_and_serves_its_last_version(run: LaunchedRun) -> None:
+    run.start(trainer__steps=6, trainer__max_staleness=1, trainer__learning_rate=1e-3)
+    assert run.finish() == 0, run.tails()
+    lines = [line for line in run.metrics() if line["step"] > 0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {line["staleness/max"] for line in lines} == {0, 1}
+    assert all(line["weight_sync/replicas"] == 1 and line["weight_sync/seconds"] > 0 for line in lines)
+    assert all(line["timing_s/snapshot"] <= line["timing_s/weight_sync"] for line in lines)
+    assert "leaked" not in (run.directory / "logs" / "trainer.log").read_text()
+
+
 @pytest.mark.chaos
 def test_services_that_are_killed_come_back_and_the_run_goes_on(run: LaunchedRun) -> None:
     steps = 14
