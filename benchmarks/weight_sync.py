@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from retort.weight_sync import (
+    BucketMemory,
     Snapshot,
     TensorSpec,
     WeightManifest,
@@ -54,6 +55,7 @@ def receiver(port: int, rank: int, size: int, repeats: int, manifest: WeightMani
     store = TCPStore("127.0.0.1", port)
     model = {spec.name: torch.zeros(spec.shape, dtype=torch.bfloat16) for b in manifest.buckets for spec in b}
     buffers = [torch.zeros(num_bytes, dtype=torch.uint8) for num_bytes in bucket_bytes(manifest)]
+    memory = BucketMemory()
     for number in range(repeats):
         for kind in KINDS:
             group = open_process_group(
@@ -64,7 +66,7 @@ def receiver(port: int, rank: int, size: int, repeats: int, manifest: WeightMani
                 for buffer in buffers:
                     broadcast(group, buffer, TIMEOUT_S)
             else:
-                for tensors, digest in receive(group, manifest, CPU, TIMEOUT_S):
+                for tensors, digest in receive(group, manifest, CPU, memory, TIMEOUT_S):
                     for name, tensor in tensors if kind == "transfer" else ():
                         model[name].copy_(tensor)
                     digests.append(digest)

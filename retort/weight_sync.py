@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -241,10 +241,41 @@ Received = tuple[list[tuple[str, Tensor]], int]
 """(name, tensor) pairs of a bucket, and the digest of the bytes that arrived."""
 
 
-class Membership:
-    """A receiver's place in the process group of the transfers."""
+BUCKETS_HELD = 3
+"""By a receiver at a time: one is loaded while the next two arrive."""
+
+
+class BucketMemory:
+    """What buckets are received into. On a CPU, bytes that no tensor views any more serve the next bucket or transfer.
+
+    New memory costs a CPU more than all else that a receiver does: the kernel clears it page by page. On a GPU torch
+    itself keeps what was used before.
+    """
 
     def __init__(self) -> None:
+        self._free: list[bytearray] = []
+
+    def take(self, num_bytes: int, largest: int, device: torch.device) -> Tensor:
+        """So many bytes; `largest` is the most that this transfer will ask for."""
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        memory = self._free.pop() if self._free else bytearray()
+        if not memory or len(memory) < largest:
+            memory = bytearray(largest or 1)
+        lent = memoryview(memory)  # lives as long as the last tensor that views it
+        weakref.finalize(lent, self._give_back, memory)
+        return torch.frombuffer(lent, dtype=torch.uint8)[:num_bytes]
+
+    def _give_back(self, memory: bytearray) -> None:
+        if len(self._free) < BUCKETS_HELD:
+            self._free.append(memory)
+
+
+class Membership:
+    """A receiver's place in the process group of the transfers, and its memory for them."""
+
+    def __init__(self) -> None:
+        self._memory = BucketMemory()
         self._name = ""
         self._group: ProcessGroup | None = None
 
@@ -259,7 +290,7 @@ class Membership:
         group, self._group = self._group, None
         if group is None or request.group != self._name:
             group = _join(request, worker, deadline)
-        yield from receive(group, manifest, device, deadline - time.monotonic())
+        yield from receive(group, manifest, device, self._memory, deadline - time.monotonic())
         self._name, self._group = request.group, group
 
 
@@ -293,21 +324,21 @@ def _stream_of_its_own(snapshot: Snapshot) -> AbstractContextManager[object]:
 
 
 def receive(
-    group: ProcessGroup, manifest: WeightManifest, device: torch.device, timeout_s: float
+    group: ProcessGroup, manifest: WeightManifest, device: torch.device, memory: BucketMemory, timeout_s: float
 ) -> Iterator[Received]:
     """Yield every bucket's tensors and digest.
 
-    The next two buckets arrive while the caller loads one, so three are held at a time. Raises RuntimeError when not
+    The next two buckets arrive while the caller loads one (`BUCKETS_HELD`). Raises RuntimeError when not
     all are there within `timeout_s`, the caller's time included.
     """
     deadline = time.monotonic() + timeout_s
-    memory = _memory(max(map(_bucket_bytes, manifest.buckets), default=0), device)
+    largest = max(map(_bucket_bytes, manifest.buckets), default=0)
     arriving: deque[tuple[Tensor, Work]] = deque()
     for number, specs in enumerate(manifest.buckets):
         left_s = _seconds_left(deadline, number, len(manifest.buckets))
-        for ahead in manifest.buckets[number + len(arriving) : number + 3]:
+        for ahead in manifest.buckets[number + len(arriving) : number + BUCKETS_HELD]:
             # Not in turns: an engine may keep views until a whole layer has arrived.
-            buffer = memory(_bucket_bytes(ahead))
+            buffer = memory.take(_bucket_bytes(ahead), largest, device)
             arriving.append((buffer, _start_broadcast(group, buffer, left_s)))
         bucket, work = arriving.popleft()
         work.wait(timedelta(seconds=left_s))
@@ -349,25 +380,6 @@ def _pack(specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) ->
         start += _padded(spec.num_bytes)
     assert bucket is not None
     return bucket
-
-
-def _memory(num_bytes: int, device: torch.device) -> Callable[[int], Tensor]:
-    """Hands out so many bytes or fewer; on a CPU, those whose tensors are gone by then are handed out again.
-
-    New memory costs a CPU more than all else that a receiver does: the kernel clears it page by page. On a GPU torch
-    itself keeps what was used before.
-    """
-    free: list[bytearray] = []
-
-    def take(wanted: int) -> Tensor:
-        if device.type != "cpu":
-            return torch.empty(wanted, dtype=torch.uint8, device=device)
-        memory = free.pop() if free else bytearray(num_bytes or 1)
-        lent = memoryview(memory)  # lives as long as the last tensor that views it
-        weakref.finalize(lent, free.append, memory)
-        return torch.frombuffer(lent, dtype=torch.uint8)[:wanted]
-
-    return take
 
 
 def _bucket_bytes(specs: Sequence[TensorSpec]) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from retort.lora import MergedWeights
-from retort.weight_sync import Membership, TransferRequest, WeightManifest, bucket_digest
+from retort.weight_sync import Membership, TensorSpec, TransferRequest, WeightManifest, bucket_digest
 from tests.integration.queue_run import Run
 from tests.integration.replica import Replica
 from tests.training import a_language_model
@@ -49,7 +49,7 @@ class TorchEngine:
         received: Weights = {}
         arriving = self.memberships[worker].receive(request, manifest, torch.device("cpu"), worker)
         for number, (tensors, _) in enumerate(arriving):
-            bucket = torch.empty(0, dtype=torch.uint8).set_(tensors[0][1].untyped_storage())
+            bucket = bytes_of(manifest.buckets[number], tensors[0][1])
             if worker == self.num_workers - 1:
                 self._corrupt(number, bucket)
             digests.append(bucket_digest(bucket))
@@ -75,6 +75,12 @@ class TorchEngine:
 
     async def abandon(self) -> None:
         """What had arrived is forgotten by the next `prepare`."""
+
+
+def bytes_of(specs: list[TensorSpec], first: Tensor) -> Tensor:
+    """The bucket that arrived, whose `first` tensor lies at its start. Its memory may be longer."""
+    memory = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())
+    return memory[: sum(-(-spec.num_bytes // 16) * 16 for spec in specs)]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from retort.weight_sync import (
+    BucketMemory,
+    ProcessGroup,
     Snapshot,
     TensorSpec,
     WeightManifest,
@@ -55,7 +58,8 @@ def digest_of(lanes: list[int]) -> int:
 
 def received_from(snapshot: Snapshot) -> list[tuple[str, torch.Tensor]]:
     """What `receive` would make of the snapshot's bytes."""
-    received = list(receive(Loopback(snapshot), snapshot.manifest, torch.device("cpu"), timeout_s=1.0))  # type: ignore[arg-type]
+    group, cpu = cast(ProcessGroup, Loopback(snapshot)), torch.device("cpu")
+    received = list(receive(group, snapshot.manifest, cpu, BucketMemory(), timeout_s=1.0))
     assert [digest for _, digest in received] == snapshot.digests
     return [pair for tensors, _ in received for pair in tensors]
 
@@ -214,7 +218,7 @@ def receiver(port: int, answers: "multiprocessing.Queue[list[int]]") -> None:
     group = open_process_group("gloo", store, "one", rank=1, world_size=2, timeout_s=20.0)
     snapshot = Snapshot.take(3, MANIFEST, some_weights())
     tensors = []
-    for pairs, digest in receive(group, MANIFEST, torch.device("cpu"), timeout_s=20.0):
+    for pairs, digest in receive(group, MANIFEST, torch.device("cpu"), BucketMemory(), timeout_s=20.0):
         answers.put([digest])
         tensors += pairs
     sent = received_from(snapshot)
@@ -237,16 +241,34 @@ def test_another_process_receives_the_same_bytes_and_digests(store: TCPStore) ->
 
 
 def test_the_memory_of_a_bucket_is_used_again_when_nobody_views_it_any_more(store: TCPStore) -> None:
-    """Nine buckets; three are held at a time, and here the caller holds one more, or all."""
+    """Nine buckets a transfer; three are held at a time, and here the caller holds one more, or all nine at once."""
     manifest = WeightManifest.of([spec(f"{number}", 64) for number in range(9)], 64)
     group = open_process_group("gloo", store, "alone", rank=0, world_size=1, timeout_s=20.0)
+    memory = BucketMemory()
 
     def received() -> Iterator[torch.Tensor]:
-        for [(_, tensor)], _ in receive(group, manifest, torch.device("cpu"), timeout_s=20.0):
+        for [(_, tensor)], _ in receive(group, manifest, torch.device("cpu"), memory, timeout_s=20.0):
             yield tensor
 
-    assert len({tensor.data_ptr() for tensor in received()}) <= 4
+    first = {tensor.data_ptr() for tensor in received()}
+    assert len(first) <= 4
     assert len({tensor.data_ptr() for tensor in list(received())}) == 9
+    assert len({tensor.data_ptr() for tensor in received()}) <= 4
+
+
+def test_the_next_transfer_finds_the_memory_of_three_buckets_and_a_larger_one_new_memory(store: TCPStore) -> None:
+    memory, cpu = BucketMemory(), torch.device("cpu")
+    held = [memory.take(64, 64, cpu) for _ in range(5)]
+    addresses = {tensor.data_ptr() for tensor in held}
+    del held
+    again = [memory.take(32, 64, cpu) for _ in range(5)]
+    assert len(addresses & {tensor.data_ptr() for tensor in again[:3]}) == 3
+    assert [len(tensor) for tensor in again] == [32] * 5
+    del again
+    larger = [memory.take(128, 128, cpu) for _ in range(3)]
+    for number, tensor in enumerate(larger):
+        tensor.fill_(number)
+    assert [tensor.sum().item() for tensor in larger] == [0, 128, 256]
 
 
 def test_the_deadline_is_one_for_all_buckets_and_not_for_each(store: TCPStore) -> None:
@@ -254,7 +276,7 @@ def test_the_deadline_is_one_for_all_buckets_and_not_for_each(store: TCPStore) -
     manifest = WeightManifest.of([spec(f"{number}", 64) for number in range(9)], 64)
     group = open_process_group("gloo", store, "slow", rank=0, world_size=1, timeout_s=20.0)
     with pytest.raises(RuntimeError, match=r"the deadline of the transfer passed after [1-3] of 9 buckets"):
-        for _ in receive(group, manifest, torch.device("cpu"), timeout_s=0.5):
+        for _ in receive(group, manifest, torch.device("cpu"), BucketMemory(), timeout_s=0.5):
             time.sleep(0.2)
 
 
