@@ -171,15 +171,19 @@ class Snapshot:
         manifest: WeightManifest,
         tensors: Iterable[tuple[str, Tensor]],
         *,
+        memory: Sequence[Tensor] = (),
         base_digest: int | None = None,
     ) -> "Snapshot":
         """Pack the manifest's tensors, which come in its order, one at a time; they are converted to its dtypes.
 
+        `memory`: buckets of an earlier snapshot of the same manifest, which is gone then. Two never lie side by side.
         `base_digest`: of the weights to which the tensors are added, if they are adapters.
         """
         assert (manifest.lora_base is None) == (base_digest is None), "adapters come with the digest of their base"
         stream = iter(tensors)
-        buckets = [_pack(specs, stream) for specs in manifest.buckets]
+        assert len(memory) in (0, len(manifest.buckets)), "the memory is of another manifest"
+        given: Sequence[Tensor | None] = memory or [None] * len(manifest.buckets)
+        buckets = [_pack(specs, stream, bucket) for specs, bucket in zip(manifest.buckets, given, strict=True)]
         digests = [bucket_digest(bucket) for bucket in buckets]
         return cls(version, manifest, buckets, digests if base_digest is None else [*digests, base_digest])
 
@@ -368,8 +372,7 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // 16) * 16
 
 
-def _pack(specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> Tensor:
-    bucket: Tensor | None = None
+def _pack(specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]], bucket: Tensor | None) -> Tensor:
     start = 0
     for spec in specs:
         name, tensor = next(tensors)

@@ -93,7 +93,7 @@ class InProcessSender(WeightSender):
 
     def _wait(self, work: Future[None]) -> None:
         async def ended() -> None:
-            await asyncio.wrap_future(work)
+            await asyncio.wait([asyncio.wrap_future(work)])
 
         self._fleet.loop.wait(ended())
 

@@ -62,8 +62,9 @@ class ScriptedEngine:
     async def abandon(self) -> None:
         self._note("abandon")
 
-    async def wait_until_dead(self) -> None:
+    async def wait_until_dead(self) -> str:
         await self.died.wait()
+        return "the script says that it died"
 
     def shutdown(self) -> None:
         self._note("shutdown")

@@ -136,6 +136,7 @@ class LocalRun:
     def stop(self, outcome: Outcome) -> None:
         """Stop the services, Redis last: the others strike themselves off in it."""
         grace_s = GRACE_S if outcome.phase in ("done", "stopped") else HURRY_S
+        self._screen.say("stopping the services")
         self._supervisor.stop([name for name in self._supervisor.children if name != "redis"], grace_s)
         self._supervisor.stop(list(self._supervisor.children), grace_s)
         self._write_status(self._watch.look(), outcome.phase, outcome.exit_code)
@@ -149,10 +150,8 @@ class LocalRun:
         accuracy = self._watch.metrics.accuracy(self._config.validation.samples)
         if accuracy:
             (_, before), (version, after) = accuracy[0], accuracy[-1]
-            measure = f"avg@{self._config.validation.samples}"
-            self._screen.say(
-                f"{measure} {before:.3f} before training, {after:.3f} at version {version} ({after - before:+.3f})"
-            )
+            change = f", {after:.3f} at version {version} ({after - before:+.3f})" if len(accuracy) > 1 else ""
+            self._screen.say(f"avg@{self._config.validation.samples} {before:.3f} before training{change}")
         if outcome.exit_code == 0:
             self._next_steps(build_report(self._config.directory))
         else:

@@ -30,7 +30,10 @@ OLDEST_REDIS = 7
 SOCKET_TIMEOUT_S = 10.0
 BACKOFF = ExponentialWithJitterBackoff(base=0.05, cap=1.0)
 ATTEMPTS = 60
-"""Of every call, about 30 s in all: the time in which a Redis that died, or starts later, must be there."""
+"""Of every call, about 30 s in all where a connection is refused, as by a Redis that died or starts later.
+
+Where packets are dropped, each takes SOCKET_TIMEOUT_S.
+"""
 LIBRARY_WITHIN_S, LIBRARY_POLL_S = 600.0, 0.5
 IMPATIENT = 4
 """About half a second in all, for those who ask whether an address is right."""

@@ -142,6 +142,19 @@ local function issue(keys, args)
   return found
 end
 
+-- Members of whom nothing was heard for so long are gone for good: names of pods do not come back, and would pile up.
+-- One that is there after all announces itself again.
+local FORGET_AFTER_S = 600
+
+local function forget_the_lost(k)
+  local now = tonumber(redis.call('TIME')[1])
+  local members = redis.call('HGETALL', k.members)
+  for i = 1, #members, 2 do
+    local heard = tonumber(string.match(members[i + 1], '^([%d.]+) '))
+    if heard and now - heard > FORGET_AFTER_S then redis.call('HDEL', k.members, members[i]) end
+  end
+end
+
 -- epoch, version, digest
 local function publish(keys, args)
   local k = keyed(keys)
@@ -152,6 +165,7 @@ local function publish(keys, args)
     return redis.error_reply('ERR policy version ' .. args[2] .. ' is older than the committed ' .. now[2])
   end
   redis.call('HSET', k.policy, 'epoch', args[1], 'version', args[2], 'digest', args[3])
+  forget_the_lost(k)
   return 'OK'
 end
 

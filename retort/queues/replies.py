@@ -1,5 +1,7 @@
 """Redis replies become our values here and nowhere else; redis-py types them as unions of everything."""
 
+import functools
+import logging
 import time
 from typing import Any, Literal, TypeAlias
 
@@ -8,6 +10,7 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from retort.disk import DiskFullError
 from retort.queues.protocol import Attempt, DeadWork, Entry, Evicted, Fenced, Keys, Kind, Member, Policy, RedisFull
+from retort.telemetry import log_event
 
 Reply: TypeAlias = Any
 """Whatever redis-py returned."""
@@ -37,7 +40,19 @@ def texts(reply: Reply) -> dict[str, str]:
 def members(reply: Reply, clock: Reply) -> dict[str, Member]:
     """The hash `members`. `clock`: Redis' answer to TIME, taken with it."""
     ahead = clock[0] + clock[1] / 1e6 - time.time()
-    return {text(name): _member(data, ahead) for name, data in reply.items()}
+    found = {}
+    for name, data in reply.items():
+        try:
+            found[text(name)] = _member(data, ahead)
+        except msgspec.DecodeError as error:
+            # One replica of another version, or a hand in Redis, must not end those who look at all of them.
+            _say_unreadable(text(name), str(error))
+    return found
+
+
+@functools.lru_cache(maxsize=64)  # once for each replica: members are looked at every second
+def _say_unreadable(name: str, reason: str) -> None:
+    log_event("member_unreadable", logging.WARNING, replica=name, reason=reason)
 
 
 def _member(data: bytes, ahead: float) -> Member:

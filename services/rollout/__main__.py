@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from retort.config import ConfigError, RunConfig, load_config, secret
 from retort.identity import identity_of
+from retort.network import family_of, url_of
 from retort.queues import Evicted, RolloutQueue, connect_async
 from retort.telemetry import log_event, log_with, start_logging
 from retort.weight_sync import authorization
@@ -35,7 +36,7 @@ WARM_UP_IDS = [0, 1]
 
 
 class EngineDied(Exception):
-    """The engine's process is gone; this server ends so that its supervisor starts a new one."""
+    """The engine is gone or hangs; this server ends so that its supervisor starts a new one."""
 
 
 def main() -> int:
@@ -75,8 +76,8 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
     presence = Presence(
         name,
         queue,
-        http_url=f"http://{advertise}:{public.getsockname()[1]}",
-        control_url=f"http://{advertise}:{control.getsockname()[1]}",
+        http_url=url_of(advertise, public.getsockname()[1]),
+        control_url=url_of(advertise, control.getsockname()[1]),
     )
     await presence.loading()
 
@@ -151,8 +152,7 @@ def _server(app: ASGIApp) -> uvicorn.Server:
 
 
 async def _end_with(engine: Engine) -> None:
-    await engine.wait_until_dead()
-    raise EngineDied("the engine's process ended; its last words are above")
+    raise EngineDied(await engine.wait_until_dead())
 
 
 def _engine(config: RunConfig, name: str) -> tuple[Engine, Callable[[WeightReceiver], ASGIApp | None]]:
@@ -172,7 +172,7 @@ def _engine(config: RunConfig, name: str) -> tuple[Engine, Callable[[WeightRecei
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket to serve HTTP on; port 0 lets the system choose. Raises ConfigError when it is taken."""
-    listening = socket.socket()
+    listening = socket.socket(family_of(host))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

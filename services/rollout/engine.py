@@ -24,6 +24,7 @@ class Engine(Protocol):
     `prepare` freezes generation with all requests kept, `receive` returns one list of bucket digests per worker,
     `load` makes the received weights the ones in use under a version, `probe` scores a prompt with them, `resume` lets
     generation go on, `abandon` leaves a failed update. Between `prepare` and `resume` no token is sampled.
+    `wait_until_dead` returns the reason why the engine will sample no more.
     """
 
     num_workers: int
@@ -45,6 +46,6 @@ class Engine(Protocol):
 
     async def abandon(self) -> None: ...
 
-    async def wait_until_dead(self) -> None: ...
+    async def wait_until_dead(self) -> str: ...
 
     def shutdown(self) -> None: ...

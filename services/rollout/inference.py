@@ -1,7 +1,8 @@
 """The policy for people and programs: OpenAI's API through vLLM's own routes, and token ids in, token ids out.
 
-Requests wait behind the work from the queue. They are answered while a verified version is served, wait while the next
-one is being brought in, and see no token of a version that was not committed.
+Requests have seats of their own in the engine, beside those of the work from the queue, and wait for them here in order
+of arrival. They are answered while a verified version is served, wait while the next one is being brought in, and see
+no token of a version that was not committed.
 """
 
 import secrets
@@ -11,7 +12,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
@@ -26,12 +27,15 @@ from vllm.entrypoints.openai.models import api_router as model_routes
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.exceptions import VLLMNotFoundError
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import SamplingParams
 
 from retort.rollouts import SamplingParameters
 from services.rollout.engine import Sampled
+from services.rollout.seats import OUTSIDE_COMPLETIONS, Seats
 from services.rollout.vllm_engine import VLLMEngine
 from services.rollout.weight_receiver import WeightReceiver
 
@@ -40,7 +44,7 @@ VERSION_HEADER = "x-policy-version"
 SAMPLED_BY = ContextVar[set[int]]("sampled_by")
 """The versions that have sampled the answer to the request at hand."""
 BEHIND_TRAINING = 1
-"""vLLM's priority: work from the queue has 0, and the smaller number goes first."""
+"""vLLM's priority: work from the queue has 0. The smaller number goes first, and keeps its place in a full KV cache."""
 
 
 class GenerateRequest(BaseModel):
@@ -62,16 +66,19 @@ def make_inference(engine: VLLMEngine, receiver: WeightReceiver, *, model_path: 
     init_exception_handler(app)
     app.state.args = Namespace(log_error_stack=False)  # what vLLM's error routes look up
     names = [BaseModelPath(POLICY, model_path)]
-    _serve_openai(app, OutsideClient(engine, receiver, patience_s), names)
+    seats = Seats(OUTSIDE_COMPLETIONS)
+    _serve_openai(app, OutsideClient(engine, receiver, seats, patience_s), names)
 
-    @app.post("/generate")
-    async def generate(request: GenerateRequest) -> Sampled:
+    @app.post("/generate", response_model=None)
+    @with_cancellation  # type: ignore[untyped-decorator]
+    async def generate(request: GenerateRequest, raw_request: Request) -> Sampled:
         """Token ids in, token ids out; nothing is tokenised. Every token says which version sampled it."""
         sampling = SamplingParameters(
             temperature=request.temperature, top_p=request.top_p, max_completion_tokens=request.max_completion_tokens
         )
-        epoch = receiver.epoch
-        sampled = await engine.sample(request.prompt_ids, sampling, request.seed, urgent=False)
+        async with seats.taken(1):
+            epoch = receiver.epoch
+            sampled = await engine.sample(request.prompt_ids, sampling, request.seed, urgent=False)
         SAMPLED_BY.get().update(sampled.policy_versions)
         if not await receiver.wait_until_committed(max(sampled.policy_versions, default=0), epoch, patience_s):
             raise HTTPException(503, "the version that sampled this was not committed; ask again")
@@ -144,9 +151,10 @@ def _path(route: BaseRoute) -> str:
 class OutsideClient:
     """The engine as vLLM's serving classes use it, for requests that come second to training."""
 
-    def __init__(self, engine: VLLMEngine, receiver: WeightReceiver, patience_s: float) -> None:
+    def __init__(self, engine: VLLMEngine, receiver: WeightReceiver, seats: Seats, patience_s: float) -> None:
         self._engine = engine
         self._receiver = receiver
+        self._seats = seats
         self._patience_s = patience_s
         self.model = ContextVar[str | None]("model", default=None)
         """What the request at hand asked for."""
@@ -154,25 +162,31 @@ class OutsideClient:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine.llm, name)
 
-    def generate(self, prompt: Mapping[str, Any], *args: Any, **options: Any) -> AsyncIterator[RequestOutput]:
+    def generate(
+        self, prompt: Mapping[str, Any], sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
         # Not a generator itself: the context of the request is this call's, and need not be that of the iteration.
-        outputs = self._engine.llm.generate(prompt, *args, **{**options, "priority": BEHIND_TRAINING})  # type: ignore[arg-type]
-        return self._committed(outputs, self.model.get() or POLICY, SAMPLED_BY.get())
+        count, limit = sampling_params.n, self._seats.number
+        if count > limit:
+            raise VLLMValidationError(f"n is {count}, and at most {limit} are sampled at a time", parameter="n")
+        options["priority"] = BEHIND_TRAINING
+        outputs = self._engine.llm.generate(prompt, sampling_params, request_id, **options)  # type: ignore[arg-type]
+        return self._committed(outputs, count, self.model.get() or POLICY, SAMPLED_BY.get())
 
     async def _committed(
-        self, outputs: AsyncGenerator[RequestOutput], model: str, sampled_by: set[int]
+        self, outputs: AsyncGenerator[RequestOutput], count: int, model: str, sampled_by: set[int]
     ) -> AsyncIterator[RequestOutput]:
         """Pass on what a committed version sampled; a request for one version ends when another is served."""
-        epoch = self._receiver.epoch
-        async with aclosing(outputs):
+        async with self._seats.taken(count), aclosing(outputs):
+            epoch = self._receiver.epoch
             async for output in outputs:
-                if not await self._receiver.wait_until_committed(0, epoch, self._patience_s):
+                versions = {int(span.version) for one in output.outputs for span in one.weight_versions or ()}
+                newest = max(versions, default=0)
+                if not await self._receiver.wait_until_committed(newest, epoch, self._patience_s):
                     raise VLLMNotFoundError("the version that sampled this was not committed; ask again")
-                served = f"{POLICY}@{self._receiver.served_version}"
-                if model not in (POLICY, served):
-                    raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{served}` is.")
-                for completion in output.outputs:
-                    sampled_by.update(int(span.version) for span in completion.weight_versions or ())
+                if model != POLICY and versions - {int(model.removeprefix(f"{POLICY}@"))}:
+                    raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{POLICY}@{newest}` is.")
+                sampled_by |= versions
                 yield output
 
 

@@ -39,7 +39,8 @@ class Presence:
         """
         receiver = sampler.receiver
         while True:
-            state = "draining" if draining.is_set() else receiver.state
+            # Who is in an update has to come to its end, or its groups never would: the trainer leaves out who drains.
+            state = "draining" if draining.is_set() and receiver.state == "serving" else receiver.state
             if await self._announce(state, sampler) == "drain":
                 draining.set()
             metrics.POLICY_VERSION.set(-1 if receiver.served_version is None else receiver.served_version)

@@ -63,6 +63,8 @@ class Sampler:
                     continue
                 room = self.concurrent_groups - len(self.in_hand)
                 for lease in await self.queue.take(min(room, TAKE_AT_ONCE), IDLE_BLOCK_S):
+                    if lease.entry_id in self.in_hand:
+                        continue  # this process slept so long that it was given its own work again
                     self.in_hand[lease.entry_id] = lease
                     tasks.create_task(self._work(lease), name=f"group-{lease.item.group_id}")
 
@@ -115,8 +117,7 @@ class Sampler:
                 await self.queue.fail(lease, str(error))
         finally:
             async with self._finished:
-                # Absent where this process slept so long that it was given its own work again.
-                self.in_hand.pop(lease.entry_id, None)
+                del self.in_hand[lease.entry_id]
                 self._finished.notify_all()
 
     async def _may_be_submitted(self, item: WorkItem, group: RolloutGroup, epoch: int) -> bool:

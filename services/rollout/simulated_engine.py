@@ -81,9 +81,10 @@ class SimulatedEngine:
     async def abandon(self) -> None:
         """Nothing was received."""
 
-    async def wait_until_dead(self) -> None:
+    async def wait_until_dead(self) -> str:
         """It lives in this process, and cannot die alone."""
         await asyncio.Event().wait()
+        return "never"
 
     def shutdown(self) -> None:
         """Nothing was started."""

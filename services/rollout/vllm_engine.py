@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from retort.config import RunConfig
 from retort.rollouts import SamplingParameters
@@ -24,9 +25,17 @@ from retort.weight_sync import TransferRequest, WeightManifest
 from services.rollout.engine import Sampled
 from services.rollout.engine_sockets import make_socket_directory
 from services.rollout.probe_scheduler import PROBE, AsyncProbeScheduler, ProbeScheduler
+from services.rollout.seats import OUTSIDE_COMPLETIONS
 from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 
 HEALTH_CHECK_S = 1.0
+SILENT_CHECKS = 120
+"""In so many checks in a row an engine that has work makes a step, or it hangs.
+
+Checks and not seconds: where this process was stopped together with its engine, the time that passed is one check.
+The longest step that is in order is a prefill on a CPU, of 8192 tokens at most: a minute and a half for a model of half
+a billion parameters on one core. Without this a group would be held for `timeouts.stall_s`, half an hour.
+"""
 
 
 class OrderlyLLM(AsyncLLM):
@@ -37,6 +46,19 @@ class OrderlyLLM(AsyncLLM):
 
     def __del__(self) -> None:
         pass
+
+
+class StepListener(StatLoggerBase):
+    """Calls `heard` at every step of the engine. vLLM tells it what it also tells its own metrics."""
+
+    def __init__(self, heard: Callable[[], None]) -> None:
+        self._heard = heard
+
+    def record(self, *_: Any, **__: Any) -> None:
+        self._heard()
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
@@ -111,7 +133,9 @@ class VLLMEngine:
         self._sockets = make_socket_directory()
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._sockets)
         settings = engine_settings(config)
-        sequences = settings.pop("max_num_seqs")
+        sequences = settings.pop("max_num_seqs") + OUTSIDE_COMPLETIONS
+        self._silent_checks = 0
+        self._is_frozen = False
         self.llm = OrderlyLLM.from_engine_args(
             AsyncEngineArgs(
                 **settings,
@@ -123,7 +147,8 @@ class VLLMEngine:
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
                 enable_log_requests=False,
-            )
+            ),
+            stat_loggers=[lambda *_: StepListener(self._heard)],
         )
         self.num_workers = config.rollout.tensor_parallel
         self.kv_on_update = config.rollout.kv_on_update
@@ -156,6 +181,7 @@ class VLLMEngine:
         raise RuntimeError("vLLM ended a request without an answer")
 
     async def prepare(self) -> None:
+        self._is_frozen = True
         await self.llm.pause_generation(mode="keep", clear_cache=False)
         await self.llm.start_weight_update()
 
@@ -187,15 +213,29 @@ class VLLMEngine:
 
     async def resume(self) -> None:
         await self.llm.resume_generation()
+        self._is_frozen = False
 
     async def abandon(self) -> None:
         await self.llm.collective_rpc("abandon_weight_update")
 
-    async def wait_until_dead(self) -> None:
-        """Return when the engine process is gone."""
+    async def wait_until_dead(self, silent_checks: int = SILENT_CHECKS) -> str:
+        """Return, with the reason, when the engine's process is gone, or hangs while requests are under way.
+
+        Frozen for an update it makes no step either; then the trainer, who has a deadline for every call, finds it out.
+        """
         while not self.llm.errored:
+            under_way = self.llm.get_num_unfinished_requests()
+            self._silent_checks = self._silent_checks + 1 if under_way and not self._is_frozen else 0
+            if self._silent_checks > silent_checks:
+                silent_s = silent_checks * HEALTH_CHECK_S
+                return f"the engine has made no token for {silent_s:g} s, with {under_way} requests under way"
             await asyncio.sleep(HEALTH_CHECK_S)
+        return "the engine's process ended; its last words are above"
+
+    def _heard(self) -> None:
+        self._silent_checks = 0
 
     def shutdown(self) -> None:
+        """Also of an engine that hangs or is stopped: vLLM kills what has not ended five seconds after SIGTERM."""
         self.llm.shutdown()
         shutil.rmtree(self._sockets, ignore_errors=True)

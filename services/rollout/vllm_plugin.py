@@ -15,9 +15,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from retort.lora import MergedWeights
 from retort.telemetry import die_with_parent
@@ -92,6 +97,37 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
         yield from loader.get_all_weights(self.model_config, self.model)
 
     def finish_weight_update(self) -> None:
+        """Raises RuntimeError, and leaves the update open, if a layer has not got all of its weights."""
+        if lacking := self._lacking():
+            raise RuntimeError(
+                f"the engine was not given all weights of {len(lacking)} layers (first {', '.join(lacking[:3])})"
+            )
+        self.close_weight_update()
+
+    def _lacking(self) -> list[str]:
+        """Layers of which the update has not brought every element: vLLM would keep what they held, and warn at most.
+
+        Small changes of few layers are within the probe's tolerance, so that it would not see this.
+        """
+        is_tied = getattr(self.model_config.hf_text_config, "tie_word_embeddings", False)
+        lacking = []
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if not info.can_load() or is_deferred_attention_layer(layer):
+                continue  # all of it has come; or nothing but scales, which no checkpoint in float has
+            loadable = {key: p for key, p in layer.named_parameters(recurse=False) if key not in SKIP_LOAD_TENSORS}
+            expected = sum(map(get_tensor_load_numel, loadable.values()))
+            if isinstance(layer, VocabParallelEmbedding):
+                if is_tied and isinstance(layer, ParallelLMHead):
+                    continue  # its weight is the embedding's
+                # The rows that fill up the last worker's share are in no checkpoint.
+                expected = layer.shard_indices.num_org_elements * layer.embedding_dim
+            if info.load_numel < expected:
+                lacking.append(name)
+        return lacking
+
+    def close_weight_update(self) -> None:
+        """Put the layers back to work, with what came for them."""
         finalize_layerwise_reload(self.model, self.model_config)
         self.is_loading = False
         lm_head = getattr(self.model, "lm_head", None)
@@ -118,5 +154,5 @@ class WorkerExtension:
         # vLLM drops its own flag when receiving fails, but the layers still hold what had arrived for them, and would
         # count it again in the next update.
         if self.weight_transfer_engine.is_loading:
-            self.weight_transfer_engine.finish_weight_update()
+            self.weight_transfer_engine.close_weight_update()
         self._weight_update_active = False

@@ -44,6 +44,8 @@ class WeightReceiver:
         self.served_version: int | None = None
         self.last_served_version: int | None = None
         """The same, but for an update, during which nothing is served and no token sampled."""
+        self._committed_epoch = -1
+        """Of the trainer that committed that."""
 
     @property
     def state(self) -> str:
@@ -119,10 +121,14 @@ class WeightReceiver:
         return True
 
     async def wait_until_committed(self, version: int, epoch: int, timeout_s: float) -> bool:
-        """Whether what `version` of this trainer's epoch sampled may leave: wait until it or a newer one is served.
+        """Whether what `version` of this trainer's epoch sampled may leave: wait until it or a newer one is committed.
 
+        What was committed before the update that goes on does not wait for its end.
         Versions of another epoch say nothing: after a restart of the trainer the same number may be other weights.
         """
+        committed = self.last_served_version
+        if committed is not None and version <= committed and self._committed_epoch == epoch == self.epoch:
+            return True
         return await self.wait_until_serving(version, timeout_s) and self.epoch == epoch
 
     async def wait_for_change(self, timeout_s: float) -> None:
@@ -148,5 +154,5 @@ class WeightReceiver:
             self._phase = phase
             self.served_version = self._pending.version if phase == "serving" and self._pending else None
             if self.served_version is not None:
-                self.last_served_version = self.served_version
+                self.last_served_version, self._committed_epoch = self.served_version, self.epoch
             self._changed.notify_all()

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from prometheus_client import start_http_server
@@ -34,6 +35,9 @@ from services.trainer.steps import Rank0Steps, Steps
 from services.trainer.teacher import Teacher
 from services.trainer.train import train
 from services.trainer.weight_sender import WeightSender
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STOPPED = 130
 EXIT_CODES = {ConfigError: 2, Fenced: 2, StalledError: 4, GivenUpError: 4, DivergedError: 5, DiskFullError: 6}
@@ -80,14 +84,6 @@ def run(config: RunConfig) -> int:
         journal, steps, sender = Journal(), Steps(assemble_step), None
         if fence and queue:
             queue.withdraw_later(policy.version + 1 + config.trainer.max_staleness)
-            sender = WeightSender(
-                queue,
-                config.weight_sync,
-                epoch=fence.epoch,
-                backend="nccl" if torch.cuda.is_available() else "gloo",
-                authorization=authorization(),
-                identity=identity_of(config, tokenizer),
-            )
             journal = RunJournal(
                 config,
                 version=policy.version,
@@ -96,6 +92,7 @@ def run(config: RunConfig) -> int:
                 set_progress=queue.set_progress,
                 fence=fence,
             )
+            sender = _sender(config, queue, fence, tokenizer, journal)
             steps = Rank0Steps(
                 assemble_step,
                 config,
@@ -118,6 +115,20 @@ def run(config: RunConfig) -> int:
         exports.after_run(weights.snapshot)
         journal.show("done" if finished else "stopped")
         return 0 if finished else STOPPED
+
+
+def _sender(
+    config: RunConfig, queue: TrainerQueue, fence: Fence, tokenizer: "PreTrainedTokenizerBase", journal: Journal
+) -> WeightSender:
+    return WeightSender(
+        queue,
+        config.weight_sync,
+        epoch=fence.epoch,
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+        authorization=authorization(),
+        identity=identity_of(config, tokenizer),
+        tell=journal.beat_in_sync,
+    )
 
 
 def _checkpoints(config: RunConfig, fence: Fence | None) -> Checkpoints:

@@ -44,14 +44,17 @@ class WeightPublisher:
         """
         start = time.perf_counter()
         probe = Probe(self._probe_ids, policy.score_prompt(self._probe_ids))
+        probe_seconds = time.perf_counter() - start
         tensors = policy.full_tensors()
         if self._sender is None:
             for _ in tensors:
                 pass  # takes this rank's part in gathering each tensor
             return
         base_digest = self._adapters.base_digest if self._adapters else None
-        snapshot = Snapshot.take(policy.version, self._manifest, tensors, base_digest=base_digest)
-        snapshot_seconds = time.perf_counter() - start
+        memory = self._sender.take_back()
+        start = time.perf_counter()
+        snapshot = Snapshot.take(policy.version, self._manifest, tensors, memory=memory, base_digest=base_digest)
+        snapshot_seconds = probe_seconds + time.perf_counter() - start
         before = self._sender.publish(snapshot, probe)
         if may_overlap(self._settings, policy.version):
             self._sender.start_sync()

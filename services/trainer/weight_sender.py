@@ -10,18 +10,17 @@ import asyncio
 import contextvars
 import logging
 import math
-import socket
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
+import msgspec
 from redis.exceptions import RedisError
-from torch.distributed import TCPStore
+from torch import Tensor
 
 from retort.config import WeightSyncConfig
 from retort.identity import Identity
@@ -34,18 +33,16 @@ from retort.weight_sync import (
     PrepareRequest,
     ProbeReply,
     ProbeRequest,
-    ProcessGroup,
     Snapshot,
     TransferReply,
     TransferRequest,
-    open_process_group,
-    send,
 )
+from services.trainer.broadcast import Broadcast
 from services.trainer.gauges import EVICTIONS
 
 HEARD_OF_WITHIN_S = 10.0
-BROADCAST_SHARE = 0.75
-"""Part of a phase's deadline after which a broadcast is given up, so that those who waited in it can still say so."""
+LOOK_S = 1.0
+"""So often who waits for a sync says whom it waits for."""
 Reply = TypeVar("Reply", bound=Message)
 
 
@@ -91,31 +88,37 @@ class WeightSender:
         backend: str,
         authorization: str,
         identity: Identity,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`tell` is called every second of waiting for a sync, with whom it waits for."""
         self._queue = queue
         self._config = config
         self._epoch = epoch
         self._identity = identity
-        self._backend = backend
         # Made once: reading the certificate authorities takes longer than a whole sync of a small model.
         self._tls = httpx.create_ssl_context()
         self._headers = {"Authorization": authorization}
-        # Bound to one address: whoever reaches the store could join a transfer.
-        listening = socket.create_server((config.host, 0))
-        self._port = listening.getsockname()[1]
-        self._store = TCPStore(
-            config.host, self._port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-        )
-        self._group: ProcessGroup | None = None
-        """Of the last transfer, if nothing in it failed, with its name and who is in it."""
-        self._group_name = ""
-        self._group_members: list[tuple[str, int]] = []
+        self._broadcast = Broadcast(config, epoch=epoch, backend=backend)
+        self._tell = tell
         self.snapshot: Snapshot | None = None
         self._probe = Probe([], [])
         self._verified: dict[str, int] = {}
+        """Version that each incarnation has shown to hold."""
+        self._evicted: list[Member] = []
+        """In the sync that goes on. Redis hears of it at the end, because the others are paused until then."""
+        self._unanswered = ""
         self.report = SyncReport()
         self._thread = ThreadPoolExecutor(1, "weight-sync")
         self._going_on: Future[None] | None = None
+
+    def take_back(self) -> list[Tensor]:
+        """Wait for a sync that goes on, and hand over the memory of the published snapshot, which nobody gets any more.
+
+        Empty before the first.
+        """
+        self._finish()
+        snapshot, self.snapshot = self.snapshot, None
+        return snapshot.buckets if snapshot else []
 
     def publish(self, snapshot: Snapshot, probe: Probe) -> SyncReport:
         """Make this the version to serve. `sync` brings the replicas to it, those that join later included.
@@ -146,8 +149,8 @@ class WeightSender:
         """
         if self._going_on and self._going_on.done():
             self._finish()
-        if not self._going_on and self._behind():
-            self._going_on = self._start(self._bring())
+        if not self._going_on and (behind := self._behind()):
+            self._going_on = self._start(self._bring(behind))
         return self._serving(oldest)
 
     def close(self) -> None:
@@ -161,33 +164,47 @@ class WeightSender:
     def _finish(self) -> None:
         """Wait for the sync that goes on. Raises what it raised."""
         if self._going_on:
+            self._wait(self._going_on)
             going_on, self._going_on = self._going_on, None
-            self._wait(going_on)
+            going_on.result()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         # With what is logged of this thread: run, step and version.
         return self._thread.submit(contextvars.copy_context().run, asyncio.run, work)
 
     def _wait(self, work: Future[None]) -> None:
-        work.result()
+        """Until it is done, whatever has become of it."""
+        while not work.done():
+            wait([work], LOOK_S)
+            self._tell(self._unanswered)
 
-    async def _bring(self) -> None:
+    async def _bring(self, behind: Sequence[Member]) -> None:
         """A broadcast that fails for one fails for all: who was in it and answered is in the next, then alone."""
         start = time.perf_counter()
-        for _ in range(2):
-            if behind := self._behind():
-                await self._sync(behind)
-        for member in self._behind():
-            await self._sync([member])
+        try:
+            for _ in range(2):
+                await self._sync(self._left(behind))
+            for member in self._left(behind):
+                await self._sync([member])
+        finally:
+            evicted, self._evicted = self._evicted, []
+            for member in evicted:
+                self._queue.evict(member)
         self.report.seconds += time.perf_counter() - start
+
+    def _left(self, members: Sequence[Member]) -> list[Member]:
+        """Those that neither serve the version by now nor have failed."""
+        return [member for member in members if self._is_behind(member) and member not in self._evicted]
 
     def _serving(self, oldest: int) -> int:
         return sum(self._verified.get(member.incarnation, -1) >= oldest for member in self._alive())
 
     def _behind(self) -> list[Member]:
+        return [member for member in self._alive() if self._is_behind(member)]
+
+    def _is_behind(self, member: Member) -> bool:
         # What this trainer has verified counts, not what the replica says: an earlier trainer may have sent it.
-        version = self.snapshot.version if self.snapshot else None
-        return [member for member in self._alive() if self._verified.get(member.incarnation) != version]
+        return self.snapshot is not None and self._verified.get(member.incarnation) != self.snapshot.version
 
     def _alive(self) -> list[Member]:
         now = time.time()
@@ -199,6 +216,8 @@ class WeightSender:
 
     async def _sync(self, members: Sequence[Member]) -> None:
         snapshot = self.snapshot
+        if not members:
+            return
         assert snapshot is not None, "sync before publish"
         version, epoch = snapshot.version, self._epoch
         async with self._client() as http:
@@ -206,18 +225,23 @@ class WeightSender:
             with self._timed("prepare"):
                 ready = await self._ask(http, "prepare", [(member, prepare) for member in members], PrepareReply)
 
-            transfers = self._transfers(ready)
+            transfers = self._broadcast.requests(ready)
             with self._timed("transfer"):
                 asking = self._ask(http, "transfer", transfers, TransferReply)
                 received, _ = await asyncio.gather(asking, self._send(snapshot, transfers))
             if len(received) != len(transfers):
-                self._group = None  # to whom it failed, has left it
-            same = self._keep(received, "transfer", lambda reply: _digest_problem(reply, snapshot))
+                self._broadcast.abandon()
+            workers = {member.incarnation: reply.num_workers for member, reply in ready}
+            same = self._keep(
+                received,
+                "transfer",
+                lambda member, reply: _digest_problem(reply, snapshot, workers[member.incarnation]),
+            )
 
             probe = ProbeRequest(epoch=epoch, prompt_ids=self._probe.prompt_ids)
             with self._timed("probe"):
                 probed = await self._ask(http, "probe", [(member, probe) for member in same], ProbeReply)
-            verified = self._keep(probed, "probe", self._probe_problem)
+            verified = self._keep(probed, "probe", lambda _, reply: self._probe_problem(reply))
 
             commit = CommitRequest(epoch=epoch, version=version)
             with self._timed("commit"):
@@ -230,8 +254,12 @@ class WeightSender:
     def _client(self) -> httpx.AsyncClient:
         # `_ask` has a deadline for a whole call; httpx' own is for each operation on the socket. And it would let 100
         # calls be under way, while in a transfer nobody answers before all have joined.
+        # Nor through a proxy that the environment names: replicas are where they say, and the calls carry a token.
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(timeout=None, limits=limits, verify=self._tls, headers=self._headers)
+        return httpx.AsyncClient(timeout=None, limits=limits, verify=self._tls, headers=self._headers, trust_env=False)
+
+    async def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
+        await self._broadcast.send(snapshot, transfers)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -239,53 +267,6 @@ class WeightSender:
         yield
         spent = self.report.phase_seconds
         spent[phase] = spent.get(phase, 0.0) + time.perf_counter() - start
-
-    def _transfers(self, ready: Sequence[tuple[Member, PrepareReply]]) -> list[tuple[Member, TransferRequest]]:
-        """A process group of exactly the members that are prepared: ranks in the order given, the sender is 0."""
-        members = [(member.incarnation, reply.num_workers) for member, reply in ready]
-        if members != self._group_members:
-            self._group = None
-        if self._group is None:
-            self._group_name, self._group_members = uuid.uuid4().hex, members
-        world_size = 1 + sum(reply.num_workers for _, reply in ready)
-        requests = []
-        rank = 1
-        for member, reply in ready:
-            request = TransferRequest(
-                epoch=self._epoch,
-                group=self._group_name,
-                backend=self._backend,
-                store_host=self._config.host,
-                store_port=self._port,
-                broadcast_rank=rank,
-                world_size=world_size,
-                deadline_s=BROADCAST_SHARE * self._config.deadline_s,
-            )
-            requests.append((member, request))
-            rank += reply.num_workers
-        return requests
-
-    async def _send(self, snapshot: Snapshot, transfers: Sequence[tuple[Member, TransferRequest]]) -> None:
-        if transfers:
-            await asyncio.to_thread(self._broadcast, snapshot, transfers[0][1])
-
-    def _broadcast(self, snapshot: Snapshot, request: TransferRequest) -> None:
-        deadline = time.monotonic() + request.deadline_s
-        group, self._group = self._group, None
-        try:
-            group = group or open_process_group(
-                request.backend,
-                self._store,
-                request.group,
-                rank=0,
-                world_size=request.world_size,
-                timeout_s=request.deadline_s,
-            )
-            send(group, snapshot, deadline - time.monotonic())
-            self._group = group
-        except RuntimeError as error:
-            # Which replica is to blame, its own answer tells; one that died has none, and is evicted for that.
-            log_event("broadcast_failed", logging.WARNING, version=snapshot.version, message=error)
 
     async def _ask(
         self,
@@ -296,6 +277,8 @@ class WeightSender:
     ) -> list[tuple[Member, Reply]]:
         """One call to every replica at once; those that fail are missing from the answer, and evicted if to blame."""
 
+        unanswered = [member.name for member, _ in requests]
+
         async def call(member: Member, request: Message) -> Reply:
             url = f"{member.control_url}/weights/{phase}"
             try:
@@ -305,12 +288,19 @@ class WeightSender:
                 raise ReplicaError(
                     f"{url} did not answer within {self._config.deadline_s:g} s (weight_sync.deadline_s)"
                 ) from None
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise ReplicaError(f"{url}: {type(error).__name__}: {error}") from None
+            finally:
+                unanswered.remove(member.name)
+                self._unanswered = _to_answer(phase, unanswered)
             if response.status_code != httpx.codes.OK:
                 raise RefusalError(f"{url}: {response.text}")
-            return reply_type.from_bytes(response.content)
+            try:
+                return reply_type.from_bytes(response.content)
+            except msgspec.DecodeError as error:
+                raise ReplicaError(f"{url} answered with no {reply_type.__name__}: {error}") from None
 
+        self._unanswered = _to_answer(phase, unanswered)
         answers = await asyncio.gather(*(call(*request) for request in requests), return_exceptions=True)
         succeeded = []
         for (member, _), answer in zip(requests, answers, strict=True):
@@ -325,11 +315,11 @@ class WeightSender:
         return succeeded
 
     def _keep(
-        self, replies: Sequence[tuple[Member, Reply]], phase: str, problem: Callable[[Reply], str]
+        self, replies: Sequence[tuple[Member, Reply]], phase: str, problem: Callable[[Member, Reply], str]
     ) -> list[Member]:
         kept = []
         for member, reply in replies:
-            if found := problem(reply):
+            if found := problem(member, reply):
                 self._evict(member, phase, found)
             else:
                 kept.append(member)
@@ -352,11 +342,17 @@ class WeightSender:
     def _evict(self, member: Member, phase: str, reason: str) -> None:
         EVICTIONS.labels(phase).inc()
         log_event("replica_evicted", logging.ERROR, replica=member.name, phase=phase, reason=reason)
-        self._queue.evict(member)
+        self._evicted.append(member)
 
 
-def _digest_problem(reply: TransferReply, snapshot: Snapshot) -> str:
+def _to_answer(phase: str, names: Sequence[str]) -> str:
+    return f"{', '.join(names)} to answer {phase}" if names else ""
+
+
+def _digest_problem(reply: TransferReply, snapshot: Snapshot, num_workers: int) -> str:
     buckets = len(snapshot.buckets)
+    if len(reply.digests) != num_workers:
+        return f"{len(reply.digests)} of its {num_workers} workers said what they received"
     for worker, digests in enumerate(reply.digests):
         if digests[:buckets] != snapshot.digests[:buckets]:
             pairs = zip(digests[:buckets], snapshot.digests, strict=False)

@@ -14,6 +14,7 @@ SWAPPED = {
     "model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
 }
 TRANSPOSED = "model.layers.1.self_attn.o_proj.weight"
+LOST = "model.layers.0.self_attn.k_proj.weight"
 DROPPED = 2
 """Number of the bucket that gets lost."""
 
@@ -86,4 +87,21 @@ def drop_a_bucket(load_weights: Callable[[Tensors], object]) -> Callable[[Tensor
 
 
 ARRIVING = {"flipped_bit": flip_one_bit, "lost_on_the_wire": lose_a_bucket}
-LOADING = {"swapped_pair": swap_two, "wrong_transpose": transpose_a_square, "dropped_bucket": drop_a_bucket}
+
+
+def lose_a_tensor(load_weights: Callable[[Tensors], object]) -> Callable[[Tensors], object]:
+    """One of the three that vLLM keeps as one: the others make its name known as loaded."""
+    return lambda tensors: load_weights((name, tensor) for name, tensor in tensors if name != LOST)
+
+
+def load_nothing(_: Callable[[Tensors], object]) -> Callable[[Tensors], object]:
+    return lambda _: None
+
+
+LOADING = {
+    "swapped_pair": swap_two,
+    "wrong_transpose": transpose_a_square,
+    "dropped_bucket": drop_a_bucket,
+    "lost_tensor": lose_a_tensor,
+    "nothing_loaded": load_nothing,
+}

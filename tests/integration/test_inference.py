@@ -20,6 +20,7 @@ from retort.tokens import PROBES
 from services.rollout import metrics
 from services.rollout.app import POLICY_PATHS
 from services.rollout.engine import Sampled
+from services.rollout.seats import OUTSIDE_COMPLETIONS
 from tests.integration.vllm_fleet import SEQUENCES, Fleet
 
 pytestmark = pytest.mark.timeout(400)
@@ -105,8 +106,9 @@ def test_a_request_that_makes_no_sense_is_the_clients_error(served: Fleet, reque
 
 
 def test_requests_from_outside_wait_behind_the_work_from_the_queue(served: Fleet) -> None:
-    """All arrive while the engine is paused, and it has room for the work alone."""
+    """All arrive while the engine is paused, and the work alone takes every seat, those of outside too."""
     order: list[str] = []
+    work = SEQUENCES + OUTSIDE_COMPLETIONS
 
     async def note(who: str, urgent: bool) -> None:
         await served.replica.engine.sample(PROMPT, SHORT, seed=len(who), urgent=urgent)
@@ -116,13 +118,13 @@ def test_requests_from_outside_wait_behind_the_work_from_the_queue(served: Fleet
         await served.replica.engine.llm.pause_generation(mode="keep", clear_cache=False)
         waiting = [asyncio.create_task(note("outside", urgent=False))]
         await asyncio.sleep(0.2)
-        waiting += [asyncio.create_task(note("work", urgent=True)) for _ in range(SEQUENCES)]
+        waiting += [asyncio.create_task(note("work", urgent=True)) for _ in range(work)]
         await asyncio.sleep(0.2)
         await served.replica.engine.llm.resume_generation()
         await asyncio.gather(*waiting)
 
     served.replica.wait(story())
-    assert order == ["work"] * SEQUENCES + ["outside"]
+    assert order == ["work"] * work + ["outside"]
 
 
 def test_a_stream_goes_on_over_an_update_unless_it_asked_for_one_version(served: Fleet, client: openai.OpenAI) -> None:

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from retort.config import WeightSyncConfig
 from retort.rollouts import SamplingParameters
 from services.rollout.engine import Sampled
 from tests.integration.vllm_fleet import SEQUENCES, Fleet
@@ -38,7 +39,7 @@ async def versions_of(tasks: list[asyncio.Task[Sampled]]) -> list[set[int]]:
     [
         ("flipped_bit", "transfer", "with other bytes than were sent in buckets"),
         ("lost_on_the_wire", "transfer", "with other bytes than were sent in buckets [1]"),
-        ("dropped_bucket", "probe", "it does not hold what was sent"),
+        ("dropped_bucket", "probe", "the engine was not given all weights of "),
         ("swapped_pair", "probe", "it does not hold what was sent"),
         ("stale_head", "probe", "it does not hold what was sent"),
         ("wrong_transpose", "probe", "it does not hold what was sent"),
@@ -71,3 +72,25 @@ def test_a_fault_stops_the_commit_before_a_token_is_sampled(
     found = fleet.replica.wait(versions_of(in_flight))
     assert {before, before + 2} in found, "some were half-way"
     assert set().union(*found) == {before, before + 2}
+
+
+@pytest.mark.parametrize("fault", ["dropped_bucket", "lost_tensor", "nothing_loaded"])
+def test_what_was_not_loaded_is_noticed_where_the_probe_cannot_see_it(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """Changes as small as a step's of the reference run, 32 updates at a rate of 1e-6, with its tolerance of 0.3."""
+    fleet.inject("")
+    fleet.restart_replica()
+    tight, fleet.sender = fleet.sender, fleet.new_sender(WeightSyncConfig())
+    try:
+        assert fleet.sync() == 1
+        assert fleet.sync(change=3.2e-5) == 1
+        fleet.inject(fault)
+        assert fleet.sync(change=3.2e-5) == 0
+        [fields] = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "replica_evicted"]
+        assert fields["phase"] == "probe"
+        assert "the engine was not given all weights of " in fields["reason"]
+    finally:
+        fleet.inject("")
+        fleet.restart_replica()
+        fleet.sender = tight

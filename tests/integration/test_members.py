@@ -1,5 +1,6 @@
 """Who is a member of a run, since when nobody has heard of it, and how it is struck off."""
 
+import logging
 import time
 
 import msgspec
@@ -55,3 +56,29 @@ def test_a_member_that_was_not_heard_of_for_too_long_is_dead() -> None:
     member = a_member(updated=100.0)
     assert member.alive(now=110.0, limit_s=10.0)
     assert not member.alive(now=110.5, limit_s=10.0)
+
+
+def test_who_was_not_heard_of_for_ten_minutes_is_forgotten_by_the_next_version_and_may_come_back(run: Run) -> None:
+    trainer = run.trainer()
+    for name, silent_s in (("lost", 601), ("quiet", 500), ("well", 0)):
+        run.wait(run.replica(name).announce(a_member(name)))
+        run.let_member_fall_silent(name, silent_s)
+    trainer.publish(1, "digest")
+    assert set(trainer.members()) == {"quiet", "well"}
+    run.wait(run.replica("lost").announce(a_member("lost")))
+    assert set(trainer.members()) == {"lost", "quiet", "well"}
+
+
+def test_a_member_that_this_version_cannot_read_is_left_out_and_named_once(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a rolling update, where a newer replica may have a state of which this process knows nothing."""
+    trainer = run.trainer()
+    run.wait(run.replica("well").announce(a_member("well")))
+    odd = msgspec.msgpack.encode(msgspec.to_builtins(a_member("odd")) | {"state": "hibernating"})
+    run.redis.hset(run.keys("members"), "odd", b"1.5 " + odd)
+    caplog.set_level(logging.WARNING, logger="retort")
+    assert set(trainer.members()) == set(trainer.members()) == {"well"}
+    [fields] = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "member_unreadable"]
+    assert fields["replica"] == "odd"
+    assert "hibernating" in fields["reason"]

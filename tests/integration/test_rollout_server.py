@@ -24,7 +24,7 @@ from services.rollout.sampler import IDLE_BLOCK_S, Sampler
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 from tests.integration.replica import AUTHORIZATION
-from tests.integration.test_sampler import GROUP_SIZE, Replica, ids, reward_service, work
+from tests.integration.sampling_replica import GROUP_SIZE, Replica, ids, reward_service, work
 from tests.scripted_engine import ScriptedEngine, text_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -155,14 +155,14 @@ def test_a_server_that_is_asked_to_drain_says_so_finishes_its_group_and_leaves(r
         uvloop.run(story(address))
 
 
-def test_a_server_whose_engine_died_ends(run: Run, unused_port: int) -> None:
+def test_a_server_whose_engine_died_ends_and_says_why(run: Run, unused_port: int) -> None:
     async def story() -> None:
         async with server(run, f"127.0.0.1:{unused_port}") as (one, running):
             await one.until_healthy()
             one.engine.died.set()
             with pytest.raises(ExceptionGroup) as raised:
                 await asyncio.wait_for(running, 10)
-            assert raised.group_contains(EngineDied, match="the engine's process ended")
+            assert raised.group_contains(EngineDied, match="the script says that it died")
 
     uvloop.run(story())
 

@@ -2,165 +2,25 @@
 
 import asyncio
 import os
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from retort.queues import Evicted, InFlight, RolloutQueue, TrainerQueue, connect_async
-from retort.rollouts import RolloutGroup, SamplingParameters, WorkItem
-from retort.weight_sync import CommitRequest, PrepareRequest, ProbeRequest, WeightManifest
+from retort.queues import Evicted, InFlight, RolloutQueue, connect_async
+from retort.weight_sync import CommitRequest
 from services.rollout.presence import Presence
-from services.rollout.reward_client import RewardClient
-from services.rollout.sampler import IDLE_BLOCK_S, Sampler
-from services.rollout.weight_receiver import WeightReceiver
+from services.rollout.sampler import IDLE_BLOCK_S
 from tests.integration.queue_run import Run
-from tests.scripted_engine import ScriptedEngine, text_of
-from tests.unit.rollout.test_weight_receiver import a_transfer
+from tests.integration.sampling_replica import GROUP_SIZE, ids, replica, reward_service, work
+from tests.scripted_engine import text_of
 
 pytestmark = pytest.mark.timeout(60)
-
-ROOT = Path(__file__).parents[2]
-GROUP_SIZE = 4
-MAX_DELIVERIES = 2
-
-
-@contextmanager
-def reward_service(port: int) -> Iterator[str]:
-    """A reward service that is ready; yields its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.reward", "--port", str(port)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert process.stderr is not None
-            while " ready " not in (line := process.stderr.readline()):
-                assert line, "the reward service ended before it was ready"
-            yield line.split("address=")[1].split()[0]
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
 def reward_address() -> Iterator[str]:
     with reward_service(port=0) as address:
         yield address
-
-
-def work(group_id: str, *, answer: str = "B", min_policy_version: int = 0, step: int = 9) -> WorkItem:
-    """Four completions that answer A, B, C and D."""
-    return WorkItem(
-        group_id=group_id,
-        kind="train",
-        step=step,
-        min_policy_version=min_policy_version,
-        prompt_ids=[1, 2, 3],
-        group_size=GROUP_SIZE,
-        seeds=[0, 1, 2, 3],
-        sampling=SamplingParameters(temperature=1.0, top_p=1.0, max_completion_tokens=40),
-        checker="mcq",
-        answer=answer,
-    )
-
-
-@dataclass
-class Replica:
-    """A sampler at work."""
-
-    engine: ScriptedEngine
-    receiver: WeightReceiver
-    sampler: Sampler
-    trainer: TrainerQueue
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def issue(self, *items: WorkItem) -> None:
-        await asyncio.to_thread(self.trainer.issue, items)
-
-    async def load(self, version: int, *, commit: bool = True) -> None:
-        """A weight sync, up to the verified version or to its commit."""
-        receiver = self.receiver
-        await receiver.prepare(PrepareRequest(epoch=1, version=version, manifest=WeightManifest(buckets=[])))
-        await receiver.transfer(a_transfer(epoch=1))
-        await receiver.probe(ProbeRequest(epoch=1, prompt_ids=[1, 2, 3]))
-        if commit:
-            await receiver.commit(CommitRequest(epoch=1, version=version))
-
-    async def groups(self, count: int, timeout_s: float = 20.0) -> list[RolloutGroup]:
-        """Wait for so many finished groups; sorted, because the order of arrival is nobody's promise."""
-        async with asyncio.timeout(timeout_s):
-            while len(groups := await self.finished(block_s=0.1)) < count:
-                pass
-        return groups
-
-    async def finished(self, block_s: float = 0.0) -> list[RolloutGroup]:
-        read = await asyncio.to_thread(self.trainer.read_groups, "train", "0", block_s, 100)
-        return sorted((group for _, group in read), key=lambda group: group.group_id)
-
-    async def in_flight(self) -> InFlight:
-        return await asyncio.to_thread(self.trainer.in_flight, "train")
-
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not condition():
-                await asyncio.sleep(0.01)
-
-    def samples(self) -> int:
-        return self.engine.calls.count("sample")
-
-
-@asynccontextmanager
-async def replica(
-    run: Run,
-    reward_address: str,
-    *,
-    concurrent_groups: int = 8,
-    lease_s: float = 5.0,
-    budget_s: float = 20.0,
-) -> AsyncIterator[Replica]:
-    """A replica that serves version 0, drained at the end."""
-    redis = await connect_async(run.url)
-    queue = RolloutQueue(redis, run.run_id, "rollout-0", lease_s, MAX_DELIVERIES)
-    await queue.declare()
-    engine = ScriptedEngine()
-    receiver = WeightReceiver(engine)
-    reward = RewardClient(reward_address, deadline_s=2.0, budget_s=budget_s)
-    sampler = Sampler(
-        name="rollout-0",
-        queue=queue,
-        engine=engine,
-        receiver=receiver,
-        reward=reward,
-        decode=text_of,
-        concurrent_groups=concurrent_groups,
-        lease_s=lease_s,
-        max_deliveries=MAX_DELIVERIES,
-    )
-    one = Replica(engine, receiver, sampler, run.trainer())
-    await one.load(0)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            renewing = tasks.create_task(sampler.renew_leases())
-            sampling = tasks.create_task(sampler.run(one.draining))
-            yield one
-            one.engine.gate.set()
-            one.draining.set()
-            await sampling
-            renewing.cancel()
-    finally:
-        await reward.close()
-        await redis.aclose()
-
-
-def ids(groups: Sequence[RolloutGroup]) -> list[str]:
-    return [group.group_id for group in groups]
 
 
 def test_every_group_is_sampled_scored_and_submitted_once(run: Run, reward_address: str) -> None:
@@ -254,6 +114,63 @@ def test_tokens_of_a_version_that_was_never_committed_are_thrown_away(run: Run, 
             await one.load(1)
             [group] = await one.groups(1)
         assert {version for rollout in group.rollouts for version in rollout.policy_versions} == {1}
+
+    asyncio.run(story())
+
+
+def test_a_group_that_ends_while_an_update_lasts_longer_than_its_lease_is_not_sampled_again(
+    run: Run, reward_address: str
+) -> None:
+    async def story() -> None:
+        async with replica(run, reward_address, lease_s=0.4) as one:
+            one.engine.gate.clear()
+            await one.issue(work("0-000001"))
+            await one.until(lambda: one.samples() == GROUP_SIZE)
+            await one.load(1, commit=False)
+            one.engine.version = 0  # the engine is paused: what ends now was sampled before
+            one.engine.gate.set()
+            [group] = await one.groups(1)
+            assert {version for rollout in group.rollouts for version in rollout.policy_versions} == {0}
+            await one.receiver.commit(CommitRequest(epoch=1, version=1))
+        assert one.samples() == GROUP_SIZE
+
+    asyncio.run(story())
+
+
+def test_a_process_that_slept_and_is_given_its_own_work_again_samples_it_once(run: Run, reward_address: str) -> None:
+    async def story() -> None:
+        async with replica(run, reward_address) as one:
+            one.engine.gate.clear()
+            await one.issue(work("0-000001"))
+            await one.until(lambda: one.samples() == GROUP_SIZE)
+            [lease] = one.sampler.in_hand.values()
+            await asyncio.to_thread(run.let_lease_run_out, lease)
+            await one.issue(work("0-000002"))
+            await one.until(lambda: one.samples() == 2 * GROUP_SIZE)
+            assert {held.item.group_id for held in one.sampler.in_hand.values()} == {"0-000001", "0-000002"}
+            one.engine.gate.set()
+            assert ids(await one.groups(2)) == ["0-000001", "0-000002"]
+        assert one.samples() == 2 * GROUP_SIZE
+
+    asyncio.run(story())
+
+
+def test_a_drain_in_an_update_is_said_when_it_is_over_because_the_trainer_leaves_out_who_drains(
+    run: Run, reward_address: str
+) -> None:
+    async def story() -> None:
+        async with replica(run, reward_address) as one:
+            presence = Presence("rollout-0", one.sampler.queue, http_url="http://127.0.0.1:1", control_url="")
+            following = asyncio.create_task(presence.follow(one.sampler, one.draining))
+            await one.load(1, commit=False)
+            await one.until(lambda: [member.state for member in one.trainer.members().values()] == ["updating"])
+            one.draining.set()
+            heard = one.trainer.members()["rollout-0"].updated
+            await one.until(lambda: one.trainer.members()["rollout-0"].updated > heard + 0.5)
+            assert one.trainer.members()["rollout-0"].state == "updating"
+            await one.receiver.commit(CommitRequest(epoch=1, version=1))
+            await one.until(lambda: one.trainer.members()["rollout-0"].state == "draining")
+            following.cancel()
 
     asyncio.run(story())
 

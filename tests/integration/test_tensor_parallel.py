@@ -13,7 +13,9 @@ def test_both_workers_of_a_split_engine_get_ranks_and_the_weights_that_were_sent
     with a_fleet(redis_url, "rollout.tensor_parallel=2") as fleet:
         for version in (1, 2):
             assert fleet.sync() == 1
-            [(_, workers)] = fleet.sender._group_members
+            going = fleet.sender._broadcast._going
+            assert going
+            [(_, workers)] = going.members
             assert workers == 2
             assert fleet.sender.snapshot
             received = fleet.replica.wait(fleet.replica.engine.llm.collective_rpc("received_digests"))

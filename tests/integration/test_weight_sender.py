@@ -96,7 +96,10 @@ def test_a_process_group_goes_on_while_its_members_are_the_same_and_nothing_fail
     sender = a_sender(run)
 
     def groups(*replicas: TorchReplica) -> list[object]:
-        return [sender._group, *(replica.engine.memberships[0]._group for replica in replicas)]
+        return [
+            sender._broadcast._going and sender._broadcast._going.group,
+            *(replica.engine.memberships[0]._group for replica in replicas),
+        ]
 
     with TorchReplica(run, "first") as first:
         publish(sender, 0)
@@ -267,7 +270,8 @@ def test_those_who_are_left_of_a_broadcast_are_sent_to_together(run: Run) -> Non
     ):
         publish(sender, 0)
         assert sender.sync() == 2
-        assert [sorted(name for name, _ in sender._group_members)] == [sorted([one.incarnation, two.incarnation])]
+        going = sender._broadcast._going
+        assert going and {name for name, _ in going.members} == {one.incarnation, two.incarnation}
         assert one.calls.count("transfer") == two.calls.count("transfer") == 2
 
 
@@ -279,7 +283,8 @@ def test_every_worker_of_a_replica_has_a_rank_of_its_own_and_holds_what_was_sent
         for version in (0, 1):
             policy = publish(sender, version)
             assert sender.sync() == 3
-            assert [size for _, size in sender._group_members] == [2, 1, 3]
+            going = sender._broadcast._going
+            assert going and [size for _, size in going.members] == [2, 1, 3]
             for replica in replicas:
                 assert_holds(replica, policy)
                 assert replica.says_it_serves(version)

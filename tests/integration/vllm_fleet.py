@@ -32,22 +32,30 @@ class Fleet:
 
     def __init__(self, run: Run, replica: Replica) -> None:
         self.run, self.replica = run, replica
-        config = WeightSyncConfig(max_probe_gap=1e-3)
-        self.sender = WeightSender(
-            run.trainer(), config, epoch=1, backend="gloo", authorization=AUTHORIZATION, identity=Identity()
-        )
+        self.sender = self.new_sender(WeightSyncConfig(max_probe_gap=1e-3))
         self.model = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "tiny", dtype=torch.float32).eval()
         self._shipped = {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
         self.version = 0
 
-    def sync(self) -> int:
-        """Publish weights of which none is as before, and say how many replicas serve them."""
+    def new_sender(self, config: WeightSyncConfig) -> WeightSender:
+        return WeightSender(
+            self.run.trainer(), config, epoch=1, backend="gloo", authorization=AUTHORIZATION, identity=Identity()
+        )
+
+    def sync(self, change: float | None = None) -> int:
+        """Publish weights of which none is as before, and say how many replicas serve them.
+
+        `change`: standard deviation of what is added to every weight, by default about as much as there was.
+        """
         self.replica.announce()
         self.version += 1
         generator = torch.Generator().manual_seed(self.version)
         for name, parameter in self.model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = self._shipped[name] + noise * self._shipped[name].std().clamp(min=0.05)
+            if change is not None:
+                parameter.data = parameter.data + change * noise
+            else:
+                parameter.data = self._shipped[name] + noise * self._shipped[name].std().clamp(min=0.05)
         tensors = [(name, parameter.detach()) for name, parameter in self.model.named_parameters()]
         specs = [TensorSpec(name=name, shape=list(tensor.shape), dtype="float32") for name, tensor in tensors]
         snapshot = Snapshot.take(self.version, WeightManifest.of(specs, bucket_bytes=2**19), tensors)

@@ -22,6 +22,7 @@ SHARED = (
     "telemetry",
     "identity",
     "tokens",
+    "network",
     "unpickling",
     "proto",
 )
@@ -57,6 +58,7 @@ COVERED_BY = {
     "services/reward/isolation/nursery.py": "tests/integration/test_reward_hostile.py",
     "services/reward/serving.py": "tests/integration/test_reward_http.py",
     "services/reward/server.py": "tests/integration/test_reward_service.py",
+    "services/trainer/broadcast.py": "tests/integration/test_weight_sender.py",
     "services/rollout/vllm_plugin.py": "tests/integration/test_vllm_engine.py",
     "simulation/command.py": "tests/integration/test_simulation.py",
     "simulation/trainer.py": "tests/integration/test_simulation.py",

@@ -207,6 +207,22 @@ def test_who_waits_for_a_version_goes_on_when_it_or_a_newer_one_is_committed() -
     asyncio.run(story())
 
 
+def test_what_a_committed_version_sampled_need_not_wait_for_the_end_of_an_update() -> None:
+    async def story() -> None:
+        replica = Replica()
+        await replica.sync(version=3, epoch=1)
+        for phase in PHASES[:3]:
+            await replica.call(phase, version=4, epoch=1)
+            assert await replica.receiver.wait_until_committed(3, 1, 0.0)
+            assert not await replica.receiver.wait_until_committed(4, 1, 0.01)
+
+        await replica.call("prepare", version=4, epoch=2)
+        assert not await replica.receiver.wait_until_committed(3, 1, 0.01), "a new trainer may have begun again"
+        assert not await replica.receiver.wait_until_committed(3, 2, 0.01), "it has committed nothing yet"
+
+    asyncio.run(story())
+
+
 def test_who_waits_for_a_change_is_woken_by_it() -> None:
     async def story() -> None:
         replica = Replica()

@@ -17,8 +17,11 @@ class CollectingSender(WeightSender):
     def __init__(self) -> None:
         self.published: list[Any] = []
         self.report = SyncReport(replicas=3)
+        self.snapshot: Snapshot | None = None
+        self._going_on = None
 
     def publish(self, snapshot: Snapshot, probe: Probe) -> SyncReport:
+        self.snapshot = snapshot
         self.published.append((snapshot, probe))
         return SyncReport(replicas=2)
 
@@ -60,6 +63,22 @@ def test_the_probe_is_the_trainers_own_word_on_the_version_and_the_sync_follows(
     [(_, probe), then] = sender.published
     assert probe == Probe([4, 5, 6], policy.score_prompt([4, 5, 6]))
     assert then == "sync"
+
+
+def test_the_next_snapshot_lies_where_the_last_one_was_and_holds_the_new_weights(mesh: DeviceMesh) -> None:
+    policy, sender = a_policy(mesh), CollectingSender()
+    weights = WeightPublisher(sender, a_config(), policy, probe_ids=[1, 2])
+    weights.publish(policy)
+    assert sender.snapshot
+    places, digests = [bucket.data_ptr() for bucket in sender.snapshot.buckets], sender.snapshot.digests
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(2.0)
+    weights.publish(policy)
+    assert [bucket.data_ptr() for bucket in sender.snapshot.buckets] == places
+    assert sender.snapshot.digests != digests
+    fresh = Snapshot.take(policy.version, sender.snapshot.manifest, policy.full_tensors())
+    assert fresh.digests == sender.snapshot.digests
 
 
 @pytest.mark.parametrize(

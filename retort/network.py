@@ -1,0 +1,13 @@
+"""Addresses of both families: a host is a name, an IPv4 address or an IPv6 address without brackets."""
+
+import socket
+
+
+def url_of(host: str, port: int) -> str:
+    """`http://host:port`, with the brackets that an IPv6 address needs there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """That of a socket that is bound to the host."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
