@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -121,9 +121,9 @@ def _weights(config: RunConfig) -> tuple[Snapshot, Probe]:
 
 
 @contextmanager
-def process(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Ends with the context, whatever ends that."""
-    process = subprocess.Popen([sys.executable, "-m", *command])
+def process(*command: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Ends with the context, whatever ends that. What it prints goes to stderr: stdout has the figures."""
+    process = subprocess.Popen([sys.executable, "-m", *command], env=env, stdout=sys.stderr)
     try:
         yield process
     finally:
