@@ -184,8 +184,11 @@ class OutsideClient:
                 newest = max(versions, default=0)
                 if not await self._receiver.wait_until_committed(newest, epoch, self._patience_s):
                     raise VLLMNotFoundError("the version that sampled this was not committed; ask again")
-                if model != POLICY and versions - {int(model.removeprefix(f"{POLICY}@"))}:
-                    raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{POLICY}@{newest}` is.")
+                # vLLM says of a finished output alone who sampled it. Of the others the newest version may have.
+                served = f"{POLICY}@{self._receiver.last_served_version}"
+                names = {f"{POLICY}@{version}" for version in versions} or {served}
+                if model != POLICY and names != {model}:
+                    raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{served}` is.")
                 sampled_by |= versions
                 yield output
 

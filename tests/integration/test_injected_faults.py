@@ -24,7 +24,7 @@ def test_without_a_fault_the_replica_serves(fleet: Fleet) -> None:
 async def begin(fleet: Fleet) -> list[asyncio.Task[Sampled]]:
     """Twice as many completions as the engine samples at a time; the first of them has ended."""
     engine = fleet.replica.engine
-    samples = (engine.sample(list(range(20, 44)), LONG, seed, urgent=True) for seed in range(2 * SEQUENCES))
+    samples = (engine.sample(list(range(20, 44)), LONG, seed, urgent=True) for seed in range(4 * SEQUENCES))
     tasks = [asyncio.create_task(sample) for sample in samples]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     return tasks
