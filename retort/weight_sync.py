@@ -114,10 +114,7 @@ class TransferRequest(Message, frozen=True, kw_only=True):
 
     epoch: int
     group: str
-    """Names the process group, so that a late comer of an abandoned one can never meet this one.
-
-    That of the transfer before, if the group goes on.
-    """
+    """Names the process group: that of the transfer before, if it goes on. Who is late for another never meets this."""
     backend: str
     store_host: str
     store_port: int
@@ -246,7 +243,9 @@ Received = tuple[list[tuple[str, Tensor]], int]
 
 
 BUCKETS_HELD = 3
-"""By a receiver at a time: one is loaded while the next two arrive."""
+"""By a receiver at a time: one is loaded while the next two arrive. So many are kept for the next transfer."""
+MOST_KEPT = 2**28
+"""Bytes of a bucket whose memory is kept: not of one that an embedding has made larger than buckets are meant to be."""
 
 
 class BucketMemory:
@@ -259,19 +258,19 @@ class BucketMemory:
     def __init__(self) -> None:
         self._free: list[bytearray] = []
 
-    def take(self, num_bytes: int, largest: int, device: torch.device) -> Tensor:
-        """So many bytes; `largest` is the most that this transfer will ask for."""
+    def take(self, num_bytes: int, device: torch.device) -> Tensor:
+        """So many bytes, with anything in them."""
         if device.type != "cpu":
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         memory = self._free.pop() if self._free else bytearray()
-        if not memory or len(memory) < largest:
-            memory = bytearray(largest or 1)
+        if not memory or len(memory) < num_bytes:
+            memory = bytearray(num_bytes or 1)
         lent = memoryview(memory)  # lives as long as the last tensor that views it
         weakref.finalize(lent, self._give_back, memory)
         return torch.frombuffer(lent, dtype=torch.uint8)[:num_bytes]
 
     def _give_back(self, memory: bytearray) -> None:
-        if len(self._free) < BUCKETS_HELD:
+        if len(self._free) < BUCKETS_HELD and len(memory) <= MOST_KEPT:
             self._free.append(memory)
 
 
@@ -330,19 +329,17 @@ def _stream_of_its_own(snapshot: Snapshot) -> AbstractContextManager[object]:
 def receive(
     group: ProcessGroup, manifest: WeightManifest, device: torch.device, memory: BucketMemory, timeout_s: float
 ) -> Iterator[Received]:
-    """Yield every bucket's tensors and digest.
+    """Yield every bucket's tensors and digest. The next two arrive meanwhile.
 
-    The next two buckets arrive while the caller loads one (`BUCKETS_HELD`). Raises RuntimeError when not
-    all are there within `timeout_s`, the caller's time included.
+    Raises RuntimeError when not all are there within `timeout_s`, the caller's time included.
     """
     deadline = time.monotonic() + timeout_s
-    largest = max(map(_bucket_bytes, manifest.buckets), default=0)
     arriving: deque[tuple[Tensor, Work]] = deque()
     for number, specs in enumerate(manifest.buckets):
         left_s = _seconds_left(deadline, number, len(manifest.buckets))
         for ahead in manifest.buckets[number + len(arriving) : number + BUCKETS_HELD]:
             # Not in turns: an engine may keep views until a whole layer has arrived.
-            buffer = memory.take(_bucket_bytes(ahead), largest, device)
+            buffer = memory.take(_bucket_bytes(ahead), device)
             arriving.append((buffer, _start_broadcast(group, buffer, left_s)))
         bucket, work = arriving.popleft()
         work.wait(timedelta(seconds=left_s))

@@ -142,9 +142,10 @@ local function issue(keys, args)
   return found
 end
 
--- Members of whom nothing was heard for so long are gone for good: names of pods do not come back, and would pile up.
+-- Members of whom nothing was heard for so long are gone for good: names of pods do not come back, and would pile up
+-- in what everybody reads every second. Who loads its engine says so once and takes minutes.
 -- One that is there after all announces itself again.
-local FORGET_AFTER_S = 600
+local FORGET_AFTER_S = 3600
 
 local function forget_the_lost(k)
   local now = tonumber(redis.call('TIME')[1])
@@ -241,7 +242,8 @@ local function evict(keys, args)
   redis.call('HSET', k.evicted, args[2], args[3])
   -- Its supervisor may have started another in the meantime, which is not to blame.
   local member = redis.call('HGET', k.members, args[2])
-  if member and cmsgpack.unpack(string.match(member, '^[%d.]+ (.*)$') or member).incarnation == args[3] then
+  local readable, known = pcall(cmsgpack.unpack, member and string.match(member, '^[%d.]+ (.*)$') or member)
+  if member and readable and known.incarnation == args[3] then
     redis.call('HDEL', k.members, args[2])
   end
   return 'OK'

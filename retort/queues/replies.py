@@ -44,9 +44,9 @@ def members(reply: Reply, clock: Reply) -> dict[str, Member]:
     for name, data in reply.items():
         try:
             found[text(name)] = _member(data, ahead)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError) as error:
             # One replica of another version, or a hand in Redis, must not end those who look at all of them.
-            _say_unreadable(text(name), str(error))
+            _say_unreadable(repr(name), str(error))
     return found
 
 

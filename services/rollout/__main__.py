@@ -137,11 +137,20 @@ async def run_until_drained(
             tasks.create_task(_end_with(engine), name="engine"),
         ]
         await sampler.run(draining)
+        await _end_of_update(sampler)
         for task in background:
             task.cancel()
         for server in servers:
             server.should_exit = True
         await asyncio.gather(*http)
+
+
+async def _end_of_update(sampler: Sampler) -> None:
+    """Who leaves in the middle of a transfer makes all others wait for its part of it. No longer than for a lease."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(sampler.lease_s):
+            while sampler.receiver.state == "updating":
+                await sampler.receiver.wait_for_change(sampler.lease_s)
 
 
 def _server(app: ASGIApp) -> uvicorn.Server:

@@ -77,6 +77,8 @@ def make_inference(engine: VLLMEngine, receiver: WeightReceiver, *, model_path: 
             temperature=request.temperature, top_p=request.top_p, max_completion_tokens=request.max_completion_tokens
         )
         async with seats.taken(1):
+            if not await receiver.wait_until_serving(0, patience_s):
+                raise HTTPException(503, f"no policy version is served: {receiver.state}")
             epoch = receiver.epoch
             sampled = await engine.sample(request.prompt_ids, sampling, request.seed, urgent=False)
         SAMPLED_BY.get().update(sampled.policy_versions)
@@ -177,15 +179,22 @@ class OutsideClient:
         self, outputs: AsyncGenerator[RequestOutput], count: int, model: str, sampled_by: set[int]
     ) -> AsyncIterator[RequestOutput]:
         """Pass on what a committed version sampled; a request for one version ends when another is served."""
+        receiver, patience_s = self._receiver, self._patience_s
         async with self._seats.taken(count), aclosing(outputs):
-            epoch = self._receiver.epoch
+            if not await receiver.wait_until_serving(0, patience_s):
+                raise VLLMNotFoundError(f"no policy version is served: {receiver.state}")
+            epoch = receiver.epoch
             async for output in outputs:
+                # vLLM says of a finished output alone who sampled it. Any of the others the newest version may have.
                 versions = {int(span.version) for one in output.outputs for span in one.weight_versions or ()}
-                newest = max(versions, default=0)
-                if not await self._receiver.wait_until_committed(newest, epoch, self._patience_s):
+                may_leave = (
+                    receiver.wait_until_committed(max(versions), epoch, patience_s)
+                    if versions
+                    else receiver.wait_until_serving(0, patience_s)
+                )
+                if not await may_leave or receiver.epoch != epoch:
                     raise VLLMNotFoundError("the version that sampled this was not committed; ask again")
-                # vLLM says of a finished output alone who sampled it. Of the others the newest version may have.
-                served = f"{POLICY}@{self._receiver.last_served_version}"
+                served = f"{POLICY}@{receiver.last_served_version}"
                 names = {f"{POLICY}@{version}" for version in versions} or {served}
                 if model != POLICY and names != {model}:
                     raise VLLMNotFoundError(f"The model `{model}` is not served any more, `{served}` is.")

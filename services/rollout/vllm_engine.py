@@ -29,12 +29,13 @@ from services.rollout.seats import OUTSIDE_COMPLETIONS
 from services.rollout.vllm_plugin import BACKEND, WorkerExtension
 
 HEALTH_CHECK_S = 1.0
-SILENT_CHECKS = 300
+SILENT_CHECKS = 600
 """In so many checks in a row an engine that has work makes a step, or it hangs.
 
 Checks and not seconds: where this process was stopped together with its engine, the time that passed is one check.
-The longest step that is in order is a prefill on a CPU, of 8192 tokens at most: two minutes for a model of 0.65 billion
-parameters on one core. Without this a group would be held for `timeouts.stall_s`, half an hour.
+The longest step that is in order is a prefill on a CPU, of `max_num_batched_tokens`: by arithmetic five minutes for
+8192 and a model of 1.7 billion parameters on one core. Without this a group would be held for `timeouts.stall_s`, half
+an hour.
 """
 
 

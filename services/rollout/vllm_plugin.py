@@ -100,7 +100,8 @@ class BroadcastReceiver(WeightTransferEngine[NothingToInit, ReceiveInfo]):
         """Raises RuntimeError, and leaves the update open, if a layer has not got all of its weights."""
         if lacking := self._lacking():
             raise RuntimeError(
-                f"the engine was not given all weights of {len(lacking)} layers (first {', '.join(lacking[:3])})"
+                f"worker {self.parallel_config.rank}: the engine was not given all weights of {len(lacking)} layers "
+                f"(first {', '.join(lacking[:3])})"
             )
         self.close_weight_update()
 

@@ -47,6 +47,8 @@ class Broadcast:
 
     def requests(self, ready: Sequence[tuple[Member, PrepareReply]]) -> list[tuple[Member, TransferRequest]]:
         """A process group of exactly the members that are prepared: ranks in the order given, the sender is 0."""
+        if not ready:
+            return []
         members = [(member.incarnation, reply.num_workers) for member, reply in ready]
         if self._going is None or self._going.members != members:
             self._going = _Going(uuid.uuid4().hex, members)

@@ -69,7 +69,7 @@ class Journal:
         """Say that it is still doing it."""
 
     def beat_in_sync(self, unanswered: str) -> None:
-        """Say whom a weight sync waits for."""
+        """Say whom a weight sync waits for; with nothing, what the phase at hand waits for."""
 
     def is_validated(self, version: int) -> bool:
         """Whether metrics.jsonl has the validation of a policy version."""
@@ -116,7 +116,7 @@ class RunJournal(Journal):
         self._fence = fence
         self._step_started = time.perf_counter()
         self._validation: dict[str, float] = {}
-        self._unanswered = ""
+        self._waiting_for = ""
         with fence.held():
             lines = _cut_back(self._directory / "metrics.jsonl", version)
             _drop_torn_line(self._directory / "timeline.jsonl")
@@ -127,7 +127,7 @@ class RunJournal(Journal):
         self._validated = {line["step"] for line in lines if any(name.startswith("val-core/") for name in line)}
 
     def show(self, phase: str, waiting_for: str = "", step: int | None = None) -> None:
-        now, self._unanswered = time.time(), waiting_for
+        now, self._waiting_for = time.time(), waiting_for
         fields = {"phase": phase, "waiting_for": waiting_for, "since": now, "updated": now}
         place = {"step": step or self._version, "steps": self._config.trainer.steps, "policy_version": self._version}
         self._set_progress(**fields, **place)
@@ -147,10 +147,9 @@ class RunJournal(Journal):
         gauges.PROGRESS.set(now)
 
     def beat_in_sync(self, unanswered: str) -> None:
-        if unanswered != self._unanswered:
-            self.show(PHASES["weight_sync"], unanswered)
-        else:
-            self.beat()
+        now = time.time()
+        self._set_progress(waiting_for=unanswered or self._waiting_for, updated=now)
+        gauges.PROGRESS.set(now)
 
     def is_validated(self, version: int) -> bool:
         return version in self._validated

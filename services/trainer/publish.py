@@ -39,8 +39,8 @@ class WeightPublisher:
     def publish(self, policy: Policy) -> None:
         """Make the policy the version to serve, and bring every replica that is there to it.
 
-        The snapshot is complete before anything is sent: no collective of the trainer waits for a replica. Where the
-        next step may be sampled by older versions, it is trained while this one is being sent.
+        The snapshot is complete before anything is sent, and written over the last one, when that is no longer sent.
+        Where the next step may be sampled by older versions, it is trained while this one is being sent.
         """
         start = time.perf_counter()
         probe = Probe(self._probe_ids, policy.score_prompt(self._probe_ids))

@@ -105,7 +105,7 @@ class WeightSender:
         self._verified: dict[str, int] = {}
         """Version that each incarnation has shown to hold."""
         self._evicted: list[Member] = []
-        """In the sync that goes on. Redis hears of it at the end, because the others are paused until then."""
+        """And not yet in Redis, which hears of it when nobody is paused any more: it may be slow."""
         self._unanswered = ""
         self.report = SyncReport()
         self._thread = ThreadPoolExecutor(1, "weight-sync")
@@ -175,8 +175,8 @@ class WeightSender:
     def _wait(self, work: Future[None]) -> None:
         """Until it is done, whatever has become of it."""
         while not work.done():
-            wait([work], LOOK_S)
-            self._tell(self._unanswered)
+            _, unfinished = wait([work], LOOK_S)
+            self._tell(self._unanswered if unfinished else "")
 
     async def _bring(self, behind: Sequence[Member]) -> None:
         """A broadcast that fails for one fails for all: who was in it and answered is in the next, then alone."""
@@ -187,9 +187,9 @@ class WeightSender:
             for member in self._left(behind):
                 await self._sync([member])
         finally:
-            evicted, self._evicted = self._evicted, []
-            for member in evicted:
-                self._queue.evict(member)
+            while self._evicted:
+                self._queue.evict(self._evicted[0])
+                del self._evicted[0]
         self.report.seconds += time.perf_counter() - start
 
     def _left(self, members: Sequence[Member]) -> list[Member]:
@@ -197,7 +197,9 @@ class WeightSender:
         return [member for member in members if self._is_behind(member) and member not in self._evicted]
 
     def _serving(self, oldest: int) -> int:
-        return sum(self._verified.get(member.incarnation, -1) >= oldest for member in self._alive())
+        evicted = {member.incarnation for member in self._evicted}
+        alive = [member.incarnation for member in self._alive()]
+        return sum(self._verified.get(one, -1) >= oldest for one in alive if one not in evicted)
 
     def _behind(self) -> list[Member]:
         return [member for member in self._alive() if self._is_behind(member)]

@@ -58,9 +58,9 @@ def test_a_member_that_was_not_heard_of_for_too_long_is_dead() -> None:
     assert not member.alive(now=110.5, limit_s=10.0)
 
 
-def test_who_was_not_heard_of_for_ten_minutes_is_forgotten_by_the_next_version_and_may_come_back(run: Run) -> None:
+def test_who_was_not_heard_of_for_an_hour_is_forgotten_by_the_next_version_and_may_come_back(run: Run) -> None:
     trainer = run.trainer()
-    for name, silent_s in (("lost", 601), ("quiet", 500), ("well", 0)):
+    for name, silent_s in (("lost", 3601), ("quiet", 3000), ("well", 0)):
         run.wait(run.replica(name).announce(a_member(name)))
         run.let_member_fall_silent(name, silent_s)
     trainer.publish(1, "digest")
@@ -77,8 +77,12 @@ def test_a_member_that_this_version_cannot_read_is_left_out_and_named_once(
     run.wait(run.replica("well").announce(a_member("well")))
     odd = msgspec.msgpack.encode(msgspec.to_builtins(a_member("odd")) | {"state": "hibernating"})
     run.redis.hset(run.keys("members"), "odd", b"1.5 " + odd)
+    run.redis.hset(run.keys("members"), "torn", b"1.5.2 " + odd)
+    run.redis.hset(run.keys("members"), b"\xff", b"1.5 " + odd)
     caplog.set_level(logging.WARNING, logger="retort")
     assert set(trainer.members()) == set(trainer.members()) == {"well"}
-    [fields] = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "member_unreadable"]
-    assert fields["replica"] == "odd"
-    assert "hibernating" in fields["reason"]
+    said = [r.__dict__["fields"] for r in caplog.records if r.getMessage() == "member_unreadable"]
+    reasons = {fields["replica"]: fields["reason"] for fields in said}
+    assert set(reasons) == {"b'odd'", "b'torn'", "b'\\xff'"}
+    assert len(said) == 3
+    assert "hibernating" in reasons["b'odd'"]

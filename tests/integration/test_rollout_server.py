@@ -15,6 +15,7 @@ import uvloop
 
 from retort.config import ConfigError
 from retort.queues import Evicted, InFlight, RolloutQueue, connect_async, request_drain
+from retort.weight_sync import CommitRequest, PrepareRequest, ProbeRequest, WeightManifest
 from services.rollout.__main__ import EngineDied, listen, run_until_drained
 from services.rollout.app import make_app
 from services.rollout.control import make_control_app
@@ -26,6 +27,7 @@ from tests.integration.queue_run import Run
 from tests.integration.replica import AUTHORIZATION
 from tests.integration.sampling_replica import GROUP_SIZE, Replica, ids, reward_service, work
 from tests.scripted_engine import ScriptedEngine, text_of
+from tests.unit.rollout.test_weight_receiver import a_transfer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -103,6 +105,29 @@ def test_a_server_that_has_announced_itself_can_be_called_before_it_answers(
             writer.close()
 
     uvloop.run(story())
+
+
+def test_a_server_that_is_told_to_end_in_an_update_says_so_and_ends_when_that_is_over(run: Run) -> None:
+    """The trainer leaves out who drains, and a transfer waits for everybody who is in it."""
+
+    async def story(reward_address: str) -> None:
+        async with server(run, reward_address) as (one, running):
+            await one.until_healthy()
+            await one.load(0)
+            await one.receiver.prepare(PrepareRequest(epoch=1, version=1, manifest=WeightManifest(buckets=[])))
+            await one.until(lambda: [member.state for member in run.view.members().values()] == ["updating"])
+            one.draining.set()
+            await asyncio.sleep(IDLE_BLOCK_S + 0.5)  # longer than the sampler's wait for a version
+            assert [member.state for member in run.view.members().values()] == ["updating"]
+            assert not running.done()
+
+            await one.receiver.transfer(a_transfer(epoch=1))
+            await one.receiver.probe(ProbeRequest(epoch=1, prompt_ids=[1, 2, 3]))
+            await one.receiver.commit(CommitRequest(epoch=1, version=1))
+            await asyncio.wait_for(running, 10)
+
+    with reward_service(port=0) as address:
+        uvloop.run(story(address))
 
 
 def test_a_server_that_is_told_to_end_answers_until_its_last_group_is_submitted(run: Run) -> None:

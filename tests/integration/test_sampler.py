@@ -155,26 +155,6 @@ def test_a_process_that_slept_and_is_given_its_own_work_again_samples_it_once(ru
     asyncio.run(story())
 
 
-def test_a_drain_in_an_update_is_said_when_it_is_over_because_the_trainer_leaves_out_who_drains(
-    run: Run, reward_address: str
-) -> None:
-    async def story() -> None:
-        async with replica(run, reward_address) as one:
-            presence = Presence("rollout-0", one.sampler.queue, http_url="http://127.0.0.1:1", control_url="")
-            following = asyncio.create_task(presence.follow(one.sampler, one.draining))
-            await one.load(1, commit=False)
-            await one.until(lambda: [member.state for member in one.trainer.members().values()] == ["updating"])
-            one.draining.set()
-            heard = one.trainer.members()["rollout-0"].updated
-            await one.until(lambda: one.trainer.members()["rollout-0"].updated > heard + 0.5)
-            assert one.trainer.members()["rollout-0"].state == "updating"
-            await one.receiver.commit(CommitRequest(epoch=1, version=1))
-            await one.until(lambda: one.trainer.members()["rollout-0"].state == "draining")
-            following.cancel()
-
-    asyncio.run(story())
-
-
 def test_work_that_asks_for_a_newer_version_waits_for_it(run: Run, reward_address: str) -> None:
     async def story() -> None:
         async with replica(run, reward_address) as one:

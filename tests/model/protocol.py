@@ -35,6 +35,9 @@ class Replica(NamedTuple):
     is_damaged: bool = False
     """What was received is not what was sent."""
     hand: Hand | None = None
+    before: Weights | None = None
+    """What it served until the update that goes on; noted only if that has sampled what it has in hand."""
+    is_draining: bool = False
     is_current: bool = False
     """The trainer has verified this process at its present version."""
     is_evicted: bool = False
@@ -58,6 +61,7 @@ class State(NamedTuple):
     broken: str = ""
     crashes: int = 1
     faults: int = 1
+    drains: int = 0
     max_staleness: int = 0
 
     @property
@@ -118,7 +122,9 @@ class Protocol:
 
     def sync(self, state: State, r: Replica) -> Iterator[tuple[str, State, Replica]]:
         """The four calls, from whoever believes to be the trainer."""
-        if not r.is_current and not r.is_evicted:
+        # Who drains is left out, but says so only while it serves: in an update it has to come to the end of that.
+        says_it_drains = r.is_draining and (r.phase == "serving" or self.bug == "drain_hides_an_update")
+        if not r.is_current and not r.is_evicted and not says_it_drains:
             yield from self.next_call(state, r)
         if state.zombie:
             # It was about to make one more call when it was replaced; a commit only if it was content with the probe.
@@ -150,7 +156,9 @@ class Protocol:
                 return
             state = state._replace(broken="a replica obeyed a trainer that was replaced")
         if call == "prepare":
-            yield state, r._replace(phase="prepared", epoch=policy[0], pending=policy, is_damaged=False), True
+            served = r.pending if r.phase == "serving" and r.hand and r.hand.sampled_by else r.before
+            prepared = r._replace(phase="prepared", epoch=policy[0], pending=policy, is_damaged=False, before=served)
+            yield state, prepared, True
         elif call == "transfer" and r.phase == "prepared" and r.pending == policy:
             yield state, r._replace(phase="received"), True
             if state.faults:
@@ -162,7 +170,8 @@ class Protocol:
             loaded = r._replace(phase="verifying", weights=r.pending)
             yield state, loaded, skips or not r.is_damaged
         elif call == "commit" and r.pending is not None and self.may_commit(r, policy):
-            yield state._replace(committed=state.committed | {r.pending}), r._replace(phase="serving"), True
+            serving = r._replace(phase="serving", before=None)
+            yield state._replace(committed=state.committed | {r.pending}), serving, True
         else:
             yield state, r, False
 
@@ -173,7 +182,9 @@ class Protocol:
 
     def sample(self, state: State, r: Replica) -> Iterator[tuple[str, State, Replica]]:
         if r.hand is None:
-            if r.phase == "serving":
+            if r.is_draining and r.phase in ("joining", "serving"):
+                yield "drained replica leaves", state, Replica()
+            elif r.phase == "serving":
                 for step, work in enumerate(state.work, start=1):
                     if work == "issued":
                         yield f"take {step}", with_work(state, step, "leased"), r._replace(hand=Hand(step, r.epoch))
@@ -186,10 +197,12 @@ class Protocol:
             yield from self.submit(state, r, r.hand)
         elif r.phase == "serving":
             given_back = with_work(state, r.hand.step, "issued") if is_leased(state, r.hand.step) else state
-            yield f"give back {r.hand.step}", given_back, r._replace(hand=None)
+            yield f"give back {r.hand.step}", given_back, r._replace(hand=None, before=None)
 
     def may_be_submitted(self, state: State, r: Replica, hand: Hand) -> bool:
         served = r.phase == "serving" and r.pending is not None and r.pending[1] >= hand.said
+        # What was committed before the update that goes on need not wait for its end.
+        served |= r.before is not None and r.before[0] == r.epoch and r.before[1] >= hand.said
         same_epoch = hand.epoch == r.epoch or self.bug == "epochs_not_compared"
         fresh = hand.said >= hand.step - 1 - state.max_staleness or self.bug == "staleness_not_checked"
         return (served or self.bug == "unverified_tokens_leave") and same_epoch and fresh
@@ -205,10 +218,12 @@ class Protocol:
         is_awaited = state.work[hand.step - 1] in ("issued", "leased") or hand.is_acked
         is_stored = is_awaited or self.bug == "duplicates_are_stored"
         after = with_work(stored, hand.step, "submitted") if is_stored else state
-        yield f"submit {hand.step}", after, r._replace(hand=None)
+        yield f"submit {hand.step}", after, r._replace(hand=None, before=None)
 
     def fail(self, state: State, r: Replica) -> Iterator[tuple[str, State, Replica]]:
-        """A lease runs out, a process dies, an evicted one learns it."""
+        """A lease runs out, a process dies, an evicted one learns it, an operator drains one."""
+        if state.drains and not r.is_draining:
+            yield "drain", state._replace(drains=state.drains - 1), r._replace(is_draining=True)
         if r.hand and state.faults and is_leased(state, r.hand.step):
             late = with_work(spent(state), r.hand.step, "issued")
             yield f"lease of {r.hand.step} runs out", late, r

@@ -7,13 +7,21 @@ from tests.model.protocol import Protocol, Replica, State, is_done, violation
 
 
 def walk(
-    replicas: int, bug: str = "", *, steps: int = 2, crashes: int = 1, faults: int = 1, max_staleness: int = 0
+    replicas: int,
+    bug: str = "",
+    *,
+    steps: int = 2,
+    crashes: int = 1,
+    faults: int = 1,
+    drains: int = 0,
+    max_staleness: int = 0,
 ) -> Exploration[State]:
     initial = State(
         (Replica(),) * replicas,
         work=("absent",) * steps,
         crashes=crashes,
         faults=faults,
+        drains=drains,
         max_staleness=max_staleness,
     )
     return explore(initial, Protocol(bug).actions, violation, is_done)
@@ -33,6 +41,17 @@ def test_the_protocol_keeps_its_promises_with_a_crash_at_any_point(
     assert found.num_states > 10_000
 
 
+@pytest.mark.parametrize(
+    ("replicas", "steps", "faults", "max_staleness"), [(1, 2, 1, 0), (2, 1, 1, 0), (1, 2, 1, 1)], ids=str
+)
+def test_the_protocol_keeps_its_promises_when_a_replica_is_drained_at_any_point(
+    replicas: int, steps: int, faults: int, max_staleness: int
+) -> None:
+    found = walk(replicas, steps=steps, faults=faults, drains=1, max_staleness=max_staleness)
+    assert found.violation == "", found.trace
+    assert found.num_states > 10_000
+
+
 BUGS = {
     "version_advanced_before_apply": "tokens are said to be of another version than sampled them",
     "late_joiner_skips_verification": "a replica serves weights that are not what was sent",
@@ -46,10 +65,11 @@ BUGS = {
     "duplicates_are_stored": "a group is there twice",
     "acknowledged_before_appended": "the run can never be finished",
     "expired_leases_are_kept": "the run can never be finished",
+    "drain_hides_an_update": "the run can never be finished",
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_seeded_bug_is_found(bug: str) -> None:
-    found = walk(2 if bug == "duplicates_are_stored" else 1, bug)
+    found = walk(2 if bug == "duplicates_are_stored" else 1, bug, drains=int(bug == "drain_hides_an_update"))
     assert found.violation == BUGS[bug], found

@@ -258,17 +258,27 @@ def test_the_memory_of_a_bucket_is_used_again_when_nobody_views_it_any_more(stor
 
 def test_the_next_transfer_finds_the_memory_of_three_buckets_and_a_larger_one_new_memory(store: TCPStore) -> None:
     memory, cpu = BucketMemory(), torch.device("cpu")
-    held = [memory.take(64, 64, cpu) for _ in range(5)]
+    held = [memory.take(64, cpu) for _ in range(5)]
     addresses = {tensor.data_ptr() for tensor in held}
     del held
-    again = [memory.take(32, 64, cpu) for _ in range(5)]
+    again = [memory.take(32, cpu) for _ in range(5)]
     assert len(addresses & {tensor.data_ptr() for tensor in again[:3]}) == 3
     assert [len(tensor) for tensor in again] == [32] * 5
     del again
-    larger = [memory.take(128, 128, cpu) for _ in range(3)]
+    larger = [memory.take(128, cpu) for _ in range(3)]
     for number, tensor in enumerate(larger):
         tensor.fill_(number)
     assert [tensor.sum().item() for tensor in larger] == [0, 128, 256]
+
+
+def test_the_memory_of_a_bucket_larger_than_buckets_are_meant_to_be_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("retort.weight_sync.MOST_KEPT", 100)
+    memory, cpu = BucketMemory(), torch.device("cpu")
+    held = [memory.take(size, cpu) for size in (101, 100, 101)]
+    del held
+    assert [len(kept) for kept in memory._free] == [100]
 
 
 def test_the_deadline_is_one_for_all_buckets_and_not_for_each(store: TCPStore) -> None:

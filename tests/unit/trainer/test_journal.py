@@ -277,3 +277,17 @@ def test_work_that_was_given_up_is_noted_with_its_question_and_the_reason(
         "reason": "completion 0 is unscorable: answer is empty",
     }
     assert second["reason"] == "failed 4 times"
+
+
+def test_while_a_sync_lasts_the_phase_at_hand_waits_for_who_has_not_answered(
+    tmp_path: Path, progress: dict[str, Any]
+) -> None:
+    journal = a_journal(tmp_path, progress)
+    with journal.timing("wait_replica", waiting_for="a rollout replica"):
+        since = progress["since"]
+        journal.beat_in_sync("rollout-1 to answer probe")
+        assert (progress["phase"], progress["since"]) == ("waiting for a rollout replica", since)
+        assert progress["waiting_for"] == "rollout-1 to answer probe"
+        journal.beat_in_sync("")
+        assert progress["waiting_for"] == "a rollout replica"
+        assert progress["updated"] >= since
