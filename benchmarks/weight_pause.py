@@ -142,7 +142,7 @@ class Publishing:
             self.scoring_s = time.perf_counter() - start
             return logprobs
 
-        self.policy.score_prompt = timed  # type: ignore[method-assign]
+        self.policy.score_prompt = timed  # type: ignore[method-assign]  # the publisher calls it on the policy
 
     def first(self, replica: BusyReplica) -> None:
         """Publish version 0 and wait until the replica serves it."""

@@ -3,9 +3,9 @@
 import socket
 
 
-def url_of(host: str, port: int) -> str:
-    """`http://host:port`, with the brackets that an IPv6 address needs there."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def address_of(host: str, port: int) -> str:
+    """`host:port`, with the brackets that an IPv6 address needs there."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def family_of(host: str) -> socket.AddressFamily:

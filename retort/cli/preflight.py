@@ -9,6 +9,7 @@ from pathlib import Path
 from retort.cli.invocation import command
 from retort.cli.track.trackers import check_installed
 from retort.config import ConfigError, MissingDependencyError, RunConfig
+from retort.network import family_of
 from retort.questions import asked_in_both, questions_of
 
 
@@ -67,7 +68,7 @@ def check_questions(config: RunConfig) -> None:
 def check_ports(config: RunConfig) -> None:
     """The ports that the user chose are free. Others are chosen when the services start."""
     for key, host, port in chosen_ports(config):
-        with socket.socket() as probe:
+        with socket.socket(family_of(host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))

@@ -18,6 +18,7 @@ from retort.cli.preflight import chosen_ports, redis_url
 from retort.cli.processes import Program
 from retort.cli.task import python_path
 from retort.config import ConfigError, RolloutConfig, RunConfig, TrackerName, secret
+from retort.network import address_of
 
 SECRETS = "secrets"
 """Directory of the run with its passwords and tokens."""
@@ -46,7 +47,7 @@ def plan_programs(config: RunConfig, config_file: Path) -> tuple[str, list[Progr
     if not redis_url(config):
         credentials.make_redis_users(secrets, f"127.0.0.1:{redis_port}")
     url = redis_url(config) or credentials.operator_url(secrets)
-    reward = config.reward.address or f"{config.reward.host}:{config.reward.port or reward_port}"
+    reward = config.reward.address or address_of(config.reward.host, config.reward.port or reward_port)
     services = _Services(config, config_file, url, reward, secrets)
     trainer_gpus, *replica_gpus = assign_gpus(visible_gpus(), config.trainer.ranks, config.rollout)
     programs = [] if redis_url(config) else [_valkey(config.directory, redis_port)]
@@ -114,7 +115,7 @@ class _Services:
             name,
             ["-m", "services.rollout", "--name", name],
             environment={"RETORT_ROLLOUT__PORT": str(port), **self._secrets_of("rollout"), **gpus},
-            addresses={"http": f"{self.config.rollout.host}:{port}"},
+            addresses={"http": address_of(self.config.rollout.host, port)},
             leaving_exit_codes=frozenset({0}),
         )
 

@@ -243,7 +243,7 @@ local function evict(keys, args)
   -- Its supervisor may have started another in the meantime, which is not to blame.
   local member = redis.call('HGET', k.members, args[2])
   local readable, known = pcall(cmsgpack.unpack, member and string.match(member, '^[%d.]+ (.*)$') or member)
-  if member and readable and known.incarnation == args[3] then
+  if readable and type(known) == 'table' and known.incarnation == args[3] then
     redis.call('HDEL', k.members, args[2])
   end
   return 'OK'

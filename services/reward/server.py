@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from retort.config import ConfigError
+from retort.network import address_of
 from retort.proto.reward.v1 import reward_pb2
 from services.reward.admission import FullError
 from services.reward.checkers import Unscorable
@@ -177,23 +178,23 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> str:
     """Listen; port 0 lets the system choose. Returns the address. Raises ConfigError if that cannot be."""
-    name = f"[{host}]" if ":" in host else host
+    address = address_of(host, port)
     try:
         if security.tls is None:
-            bound = server.add_insecure_port(f"{name}:{port}")
+            bound = server.add_insecure_port(address)
         else:
             credentials = grpc.ssl_server_credentials(
                 [(security.tls.key, security.tls.certificate)],
                 root_certificates=security.tls.client_authority,
                 require_client_auth=security.tls.client_authority is not None,
             )
-            bound = server.add_secure_port(f"{name}:{port}", credentials)
+            bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(
-            f"the reward service cannot listen on {name}:{port}: the port is in use or the address is not of "
+            f"the reward service cannot listen on {address}: the port is in use or the address is not of "
             f"this machine. Choose another --grpc-port or [reward].port (0: any free one), or another host. ({error})"
         ) from None
-    return f"{name}:{bound}"
+    return address_of(host, bound)
 
 
 async def report_health(health_servicer: health.aio.HealthServicer) -> None:

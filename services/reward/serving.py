@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retort.config import ConfigError
+from retort.network import address_of, family_of
 from retort.telemetry import log_event
 from services.reward.app import make_app
 from services.reward.checkers import Checker
@@ -72,8 +73,7 @@ async def _http(
         return
     app = make_app(scorer, security)
     listening = _listen(host, port)
-    bound = listening.getsockname()[1]
-    addresses["http"] = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    addresses["http"] = address_of(host, listening.getsockname()[1])
     server = uvicorn.Server(_http_config(app, security))
     serving = asyncio.create_task(_serve(server, listening))
 
@@ -154,8 +154,7 @@ def _http_config(app: object, security: Security) -> uvicorn.Config:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(family_of(host), socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from retort.config import ConfigError, RunConfig, load_config, secret
 from retort.identity import identity_of
-from retort.network import family_of, url_of
+from retort.network import address_of, family_of
 from retort.queues import Evicted, RolloutQueue, connect_async
 from retort.telemetry import log_event, log_with, start_logging
 from retort.weight_sync import authorization
@@ -76,8 +76,8 @@ async def serve(config: RunConfig, name: str, advertise: str, engine_name: str) 
     presence = Presence(
         name,
         queue,
-        http_url=url_of(advertise, public.getsockname()[1]),
-        control_url=url_of(advertise, control.getsockname()[1]),
+        http_url=f"http://{address_of(advertise, public.getsockname()[1])}",
+        control_url=f"http://{address_of(advertise, control.getsockname()[1])}",
     )
     await presence.loading()
 

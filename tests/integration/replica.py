@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
-from retort.network import url_of
+from retort.network import address_of
 from retort.queues import Member, RolloutQueue
 from retort.weight_sync import authorization
 from services.rollout.__main__ import listen
@@ -51,7 +51,7 @@ class Replica:
         self.public = make_app(self.receiver, inference(self.receiver) if inference else None)
         self.control = make_control_app(self.receiver, AUTHORIZATION)
         self._socket = listen(host, 0)
-        self.url = url_of(host, self._socket.getsockname()[1])
+        self.url = f"http://{address_of(host, self._socket.getsockname()[1])}"
         config = uvicorn.Config(self._asgi, interface="asgi3", log_level="error", lifespan="off")
         self._server = uvicorn.Server(config)
         self._loop = asyncio.new_event_loop()

@@ -105,6 +105,28 @@ class Replica:
         return self.engine.calls.count("sample")
 
 
+def a_sampler(
+    queue: RolloutQueue,
+    receiver: WeightReceiver,
+    reward: RewardClient,
+    *,
+    concurrent_groups: int = 8,
+    lease_s: float = 5.0,
+) -> Sampler:
+    """Around the receiver's engine."""
+    return Sampler(
+        name="rollout-0",
+        queue=queue,
+        engine=receiver._engine,
+        receiver=receiver,
+        reward=reward,
+        decode=text_of,
+        concurrent_groups=concurrent_groups,
+        lease_s=lease_s,
+        max_deliveries=MAX_DELIVERIES,
+    )
+
+
 @asynccontextmanager
 async def replica(
     run: Run,
@@ -121,17 +143,7 @@ async def replica(
     engine = ScriptedEngine()
     receiver = WeightReceiver(engine)
     reward = RewardClient(reward_address, deadline_s=2.0, budget_s=budget_s)
-    sampler = Sampler(
-        name="rollout-0",
-        queue=queue,
-        engine=engine,
-        receiver=receiver,
-        reward=reward,
-        decode=text_of,
-        concurrent_groups=concurrent_groups,
-        lease_s=lease_s,
-        max_deliveries=MAX_DELIVERIES,
-    )
+    sampler = a_sampler(queue, receiver, reward, concurrent_groups=concurrent_groups, lease_s=lease_s)
     one = Replica(engine, receiver, sampler, run.trainer())
     await one.load(0)
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from retort.config import WeightSyncConfig
 from retort.identity import Identity
-from retort.network import url_of
+from retort.network import address_of
 from retort.weight_sync import CommitRequest, PrepareRequest, ProbeRequest, TransferRequest
 from services.rollout.control import make_control_app
 from services.trainer.weight_sender import WeightSender
@@ -134,10 +134,10 @@ def test_a_fleet_may_have_addresses_of_ip_version_6(run: Run) -> None:
         assert_holds(replica, policy)
 
 
-def test_a_url_has_brackets_around_an_address_of_ip_version_6() -> None:
-    assert url_of("fd00::5", 80) == "http://[fd00::5]:80"
-    assert url_of("10.0.0.5", 80) == "http://10.0.0.5:80"
-    assert url_of("rollout-0", 80) == "http://rollout-0:80"
+def test_an_address_has_brackets_around_ip_version_6() -> None:
+    assert address_of("fd00::5", 80) == "[fd00::5]:80"
+    assert address_of("10.0.0.5", 80) == "10.0.0.5:80"
+    assert address_of("rollout-0", 80) == "rollout-0:80"
 
 
 def test_evictions_are_written_when_the_others_serve_because_redis_may_be_slow(

@@ -21,12 +21,12 @@ from services.rollout.app import make_app
 from services.rollout.control import make_control_app
 from services.rollout.presence import Presence
 from services.rollout.reward_client import RewardClient
-from services.rollout.sampler import IDLE_BLOCK_S, Sampler
+from services.rollout.sampler import IDLE_BLOCK_S
 from services.rollout.weight_receiver import WeightReceiver
 from tests.integration.queue_run import Run
 from tests.integration.replica import AUTHORIZATION
-from tests.integration.sampling_replica import GROUP_SIZE, Replica, ids, reward_service, work
-from tests.scripted_engine import ScriptedEngine, text_of
+from tests.integration.sampling_replica import GROUP_SIZE, Replica, a_sampler, ids, reward_service, work
+from tests.scripted_engine import ScriptedEngine
 from tests.unit.rollout.test_weight_receiver import a_transfer
 
 pytestmark = pytest.mark.timeout(60)
@@ -63,17 +63,7 @@ async def server(run: Run, reward_address: str) -> AsyncIterator[tuple[Server, "
     reward = RewardClient(reward_address, deadline_s=2.0)
     engine = ScriptedEngine()
     receiver = WeightReceiver(engine)
-    sampler = Sampler(
-        name="rollout-0",
-        queue=queue,
-        engine=engine,
-        receiver=receiver,
-        reward=reward,
-        decode=text_of,
-        concurrent_groups=8,
-        lease_s=5.0,
-        max_deliveries=2,
-    )
+    sampler = a_sampler(queue, receiver, reward)
     listening, control = listen("127.0.0.1", 0), listen("127.0.0.1", 0)
     url, control_url = (f"http://127.0.0.1:{one.getsockname()[1]}" for one in (listening, control))
     one = Server(engine, receiver, sampler, run.trainer(), url=url)
