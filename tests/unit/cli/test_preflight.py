@@ -80,6 +80,18 @@ def test_a_port_in_use_is_named_with_its_key(key: str) -> None:
             preflight.check_ports(config(**{table: settings}))
 
 
+def test_a_port_of_an_ip_version_6_host_is_free_or_in_use_as_any_other() -> None:
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    with taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"rollout.port: cannot listen on ::1:{port}: .*in use"):
+            preflight.check_ports(config(rollout={"host": "::1", "port": port}))
+    preflight.check_ports(config(rollout={"host": "::1", "port": port}))
+
+
 def test_a_redis_url_where_nothing_listens_is_refused() -> None:
     [port] = free_ports(1)
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}") as error:
